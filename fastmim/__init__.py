@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fastmim: pre-train any vision backbone on your own unlabelled images, several times faster.
+
+``fastmim.pretrain(data="images/", model="vit_small_patch16_224", out="runs/a")`` does it; the public names below are
+imported when they are first used, so that ``import fastmim`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that holds it
+_PUBLIC = {
+    "pretrain": "fastmim.runs",
+    "resume": "fastmim.runs",
+    "probe": "fastmim.runs",
+    "export": "fastmim.runs",
+    "Run": "fastmim.run_folder",
+    "Config": "fastmim.config",
+    "UserError": "fastmim.errors",
+    "MIM": "fastmim.mim.model",
+    "HOG": "fastmim.mim.targets",
+    "Pixels": "fastmim.mim.targets",
+    "RandomMasking": "fastmim.mim.masking",
+    "LinearDecoder": "fastmim.mim.decoder",
+    "TransformerDecoder": "fastmim.mim.decoder",
+    "Backbone": "fastmim.backbones.adapter",
+    "Stage": "fastmim.backbones.adapter",
+    "hide": "fastmim.backbones.hiding",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from fastmim.backbones.adapter import Backbone as Backbone
+    from fastmim.backbones.adapter import Stage as Stage
+    from fastmim.backbones.hiding import hide as hide
+    from fastmim.config import Config as Config
+    from fastmim.errors import UserError as UserError
+    from fastmim.mim.decoder import LinearDecoder as LinearDecoder
+    from fastmim.mim.decoder import TransformerDecoder as TransformerDecoder
+    from fastmim.mim.masking import RandomMasking as RandomMasking
+    from fastmim.mim.model import MIM as MIM
+    from fastmim.mim.targets import HOG as HOG
+    from fastmim.mim.targets import Pixels as Pixels
+    from fastmim.run_folder import Run as Run
+    from fastmim.runs import export as export
+    from fastmim.runs import pretrain as pretrain
+    from fastmim.runs import probe as probe
+    from fastmim.runs import resume as resume
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastmim' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

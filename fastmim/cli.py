@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``fastmim`` command: words in, one call of the library, a few lines out.
+
+Every command is a schema of ``cli_options``, from which tyro draws its help, and a function. torch and timm are imported
+inside the functions, so that help and mistakes are answered at once.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
+
+from fastmim import __version__, recipes
+from fastmim.cli_options import (
+    Demo,
+    Doctor,
+    Export,
+    Models,
+    Pretrain,
+    Probe,
+    Report,
+    Resume,
+    build,
+    dump_yaml,
+    parse_yaml,
+    read_words,
+    read_yaml,
+)
+from fastmim.config import Config, Section, locate, nearest, update
+from fastmim.errors import UserError
+
+OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+STATUS_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+# ---- What the commands do
+
+
+def demo(words: dict[str, Any]) -> int:
+    options = build(Demo, words, "demo")
+    from fastmim.demo.run import demo as run_demo
+
+    print(f"report: {run_demo(options.out, options.online)}")
+    return OK
+
+
+def pretrain(words: dict[str, Any]) -> int:
+    options = build(Pretrain, {name: words.pop(name) for name in Pretrain.__annotations__ if name in words}, "pretrain")
+    config = resolved(words, options.config)
+    if options.print_config:
+        print(dump_yaml(config), end="")
+        return OK
+    if not config.data.paths:
+        raise UserError("pretrain needs DATA, a folder of images; see: fastmim pretrain --help")
+    from fastmim import runs
+
+    if options.dry_run:
+        print_fields(runs.plan(config))
+        return OK
+    return finished(runs.pretrain(config).path)
+
+
+def resume(words: dict[str, Any]) -> int:
+    if "run" not in words:
+        build(Resume, words, "resume")
+    path = words.pop("run")
+    config = update(Config(), words, "command line")
+    changes = {name: getattr(getattr(config, locate(name)[0]), name) for name in words}
+    from fastmim import runs
+
+    return finished(runs.resume(path, changes=changes).path)
+
+
+def probe(words: dict[str, Any]) -> int:
+    options = build(Probe, words, "probe")
+    from fastmim import runs
+
+    result = runs.probe(**options.model_dump())
+    rows = [
+        (method, *(f"{mean:.1f} +- {std:.1f}" for mean, std in weights.values()))
+        for method, weights in result["summary"].items()
+    ]
+    columns = next(iter(result["summary"].values()))
+    print_table(("accuracy in %", *columns), rows)
+    print(f"\n{result['verdict']}")
+    return OK
+
+
+def report(words: dict[str, Any]) -> int:
+    options = build(Report, words, "report")
+    if options.out and not options.runs[1:]:
+        raise UserError(f"--out is for a comparison of runs; the report on one is {options.runs[0]}/report.html")
+    from fastmim.report.page import write_comparison, write_report
+
+    folders = [Path(run) for run in options.runs]
+    print(
+        write_comparison(folders, Path(options.out or "comparison.html")) if folders[1:] else write_report(folders[0])
+    )
+    return OK
+
+
+def export(words: dict[str, Any]) -> int:
+    options = build(Export, words, "export")
+    from fastmim import runs
+
+    folder, difference = runs.export(options.run, out=options.out)
+    print(f"{folder} (features differ by at most {difference:.1e} after reloading)")
+    print(f"use it: timm.create_model('local-dir:{folder}', pretrained=True)")
+    return OK
+
+
+def models(words: dict[str, Any]) -> int:
+    options = build(Models, words, "models")
+    from fastmim.backbones import catalog
+
+    raise NotImplementedError(catalog, options)
+
+
+def doctor(words: dict[str, Any]) -> int:
+    options = build(Doctor, words, "doctor")
+    from fastmim.doctor import checks
+
+    problems = 0
+    # Line by line, because importing torch and timm takes seconds.
+    for check in checks(options.compile):
+        print_styled(STATUS_STYLES[check.status], f"{check.status:9}", f"{check.name:15}{check.detail}")
+        if check.advice:
+            print_styled("dim", f"{'':24}-> {check.advice}", "")
+        problems += check.status == "problem"
+    print("\ntraining is not possible here until the problems above are solved" if problems else "\nready to train")
+    return 1 if problems else OK
+
+
+# ---- Parts of the commands
+
+
+def resolved(words: Mapping[str, Any], file: str | None) -> Config:
+    """The recipe's options, changed by a YAML ``file``, changed by the ``words`` of the command line.
+
+    Raises:
+        UserError: an unknown recipe, an unreadable file, an unknown option or a value that does not fit.
+    """
+    written = read_yaml(file) if file else {}
+    method = written.get("method")
+    recipe = words.get("recipe") or written.get("recipe") or (isinstance(method, dict) and method.get("recipe"))
+    config = recipes.load(str(recipe or Config().method.recipe))
+    if file:
+        config = update(config, written, file)
+    return update(config, words, "command line")
+
+
+def finished(path: Path) -> int:
+    """Says what to do with a run that has ended, or been interrupted; the exit code."""
+    if json.loads((path / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted":
+        print(f"fastmim: interrupted; to continue: fastmim resume {path}", file=sys.stderr)
+        return INTERRUPTED
+    print(f"run:    {path}\nreport: fastmim report {path}\nprobe:  fastmim probe {path} LABELLED_IMAGES")
+    return OK
+
+
+def print_fields(values: Mapping[str, Any], indent: str = "") -> None:
+    """Prints names and values in two columns, groups indented below their name."""
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}")
+            print_fields(value, indent + "  ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"{indent}{name:{width}}  {text}")
+
+
+def print_styled(style: str, start: str, rest: str) -> None:
+    """Prints a line whose start is coloured on a terminal."""
+    if not sys.stdout.isatty():
+        print(start + rest, flush=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console().print(Text.assemble((start, style), rest))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns: with rich on a terminal, as aligned lines elsewhere."""
+    if not sys.stdout.isatty():
+        lines = [header, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(Text(row[0], style="bold"), *(Text(cell) for cell in row[1:]))
+    Console().print(table)
+
+
+# ---- Help
+
+
+def print_help(schema: type[Section], command: str) -> None:
+    """Prints the help of one command, drawn by tyro from the schema and its docstrings."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_optional_rule)
+    registry.primitive_rule(_mapping_rule)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(
+            schema,
+            prog=f"fastmim {command}",
+            args=["--help"],
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.PositionalMetavarFromFieldName,
+                tyro.conf.FlagCreatePairsOff,
+            ),
+            registry=registry,
+        )
+
+
+def _optional_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Shows ``X | None`` as plain X: that ``none`` is its default is said by the default."""
+    inner = [option for option in get_args(info.type) if option is not type(None)]
+    if len(inner) != 1 or type(None) not in get_args(info.type):
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], info.markers))
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return None
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: ["none"] if value is None else spec.str_from_instance(value),
+    )
+
+
+def _mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A mapping is one word of JSON or YAML; tyro itself would take its default apart into options."""
+    if info.type_origin is not dict:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda texts: parse_yaml(texts[0], "command line"),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [dump_yaml(value)],
+    )
+
+
+# ---- The command line
+
+
+class Command(NamedTuple):
+    schema: type[Section]
+    run: Callable[[dict[str, Any]], int]
+    usage: str
+
+
+COMMANDS = {
+    "demo": Command(Demo, demo, "demo"),
+    "pretrain": Command(Pretrain, pretrain, "pretrain DATA..."),
+    "probe": Command(Probe, probe, "probe RUN DATA"),
+    "report": Command(Report, report, "report RUN..."),
+    "doctor": Command(Doctor, doctor, "doctor"),
+    "models": Command(Models, models, "models [PATTERN]"),
+    "resume": Command(Resume, resume, "resume RUN"),
+    "export": Command(Export, export, "export RUN"),
+}
+FIRST = 4
+
+
+def print_overview() -> None:
+    """Prints what ``fastmim --help`` says: the commands that most people need first, then the rest."""
+    lines = [f"  fastmim {command.usage:18}{first_sentence(command.schema)}" for command in COMMANDS.values()]
+    print("fastmim pre-trains any vision backbone on your own images, without labels.\n")
+    print("To begin", *lines[:FIRST], "", "Also", *lines[FIRST:], sep="\n")
+    print("\nfastmim COMMAND --help shows every option; fastmim --version the version.")
+    print("Exit codes: 0 done, 2 something to mend in the command or its input, 130 interrupted;")
+    print("            doctor answers 1 when training is not possible on this machine.")
+
+
+def first_sentence(schema: type[Section]) -> str:
+    """The first line of a schema's docstring: what the command is for."""
+    return (schema.__doc__ or "").splitlines()[0]
+
+
+def run(argv: list[str]) -> int:
+    """Finds and runs one command; the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print_overview()
+        return OK
+    if argv[0] == "--version":
+        print(f"fastmim {__version__}")
+        return OK
+    name, *rest = argv
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        raise UserError(f"unknown {what} '{name}'{nearest(name, list(COMMANDS))}; see: fastmim --help")
+    command = COMMANDS[name]
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in options or "--help" in options:
+        print_help(command.schema, name)
+        return OK
+    return command.run(read_words(command.schema, rest))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script: runs ``argv`` (the process's arguments when None) and returns the exit code."""
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"fastmim: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("fastmim: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`fastmim models vit | head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK

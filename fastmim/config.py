@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema of a run, in four sections: what can change the result (data, method, optim), and what cannot (system).
+
+Every leaf name is unique, so the same words work flat on the command line (``--mask-ratio 0.6``), flat in Python
+(``mask_ratio=0.6``) and nested or flat in YAML. ``None`` always means "chosen from the network, the data and the
+machine"; the value that was chosen is what the run folder's ``config.yaml`` holds.
+
+This module imports neither torch nor timm: ``--help`` must answer at once.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastmim.errors import UserError
+
+
+class Section(BaseModel):
+    """A frozen group of options; unknown names are refused and the sentence below each field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images, and what is cut from them."""
+
+    paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]] = ()
+    """Folders, image files, or .txt lists of paths; folders are searched to any depth, labels are not needed."""
+    resolution: int = Field(default=128, ge=8)
+    """Side of the square training crop in pixels; low is what makes it fast."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the picture's area that a crop covers."""
+    flip: bool = True
+    """Mirror half of the crops left to right."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """What is subtracted from each colour (0 to 1); ImageNet's by default, stored with the exported weights."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What each colour is divided by."""
+    holdout: float = Field(default=0.02, ge=0, lt=0.5)
+    """Share of the images that is never trained on (at most 512), for the reconstruction loss on unseen images."""
+    max_bad: float = Field(default=0.05, ge=0, le=1)
+    """Stop when more than this share of the images cannot be read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {low} {high}, but needs 0 < smallest <= largest <= 1")
+        if min(self.std) <= 0:
+            raise ValueError("std must be above 0 for each colour")
+        return self
+
+
+class MethodConfig(Section):
+    """What is hidden, what is predicted, and by what."""
+
+    recipe: str = "fastmim"
+    """The method whose settings are the starting point (a file of fastmim/recipes)."""
+    model: str = "vit_small_patch16_224"
+    """Any timm model, or local-dir:FOLDER (an exported run or a timm hub folder) to start from its weights."""
+    pretrained: bool = False
+    """Start from timm's released weights (needs the network) instead of from scratch."""
+    model_args: dict[str, Any] = {}
+    """Further arguments for timm's create_model, as JSON or YAML: {"drop_path_rate": 0.1}."""
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of the blocks that is hidden in every image."""
+    block: int | None = Field(default=None, ge=1)
+    """Side of a hidden block in pixels; about an eighth of the crop, but not below the stride, when not given."""
+    hide: Literal["pixels", "tokens", "drop"] = "pixels"
+    """How blocks are hidden: a learnt colour (any network), a learnt token, or not encoded at all (fastest)."""
+    target: Literal["hog", "pixels", "pixels_norm"] = "hog"
+    """What is predicted: histograms of oriented gradients, plain pixels, or pixels normalised per patch."""
+    cell: int | None = Field(default=None, ge=1)
+    """Side of a target's cell in pixels; HOG: 8, or the largest divisor of the block below; pixels: the stride."""
+    loss: Literal["l1", "l2"] = "l2"
+    """Absolute or squared error, averaged over hidden cells and channels."""
+    decoder: Literal["linear", "transformer"] = "transformer"
+    """What turns features into the prediction; thrown away after pre-training."""
+    decoder_dim: int | None = Field(default=None, ge=8)
+    """Width of the transformer decoder; from the network's width when not given."""
+    decoder_depth: int | None = Field(default=None, ge=1)
+    """Blocks of the transformer decoder; 1 for a plain network, 4 for a hierarchical one when not given."""
+
+
+class OptimConfig(Section):
+    """How long and how fast it learns."""
+
+    epochs: float = Field(default=400, gt=0)
+    """Passes over the images."""
+    global_batch: int | None = Field(default=None, ge=1)
+    """Images per weight update, over all devices; from the number of images when not given (64 to 4096)."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Images per forward pass and device; found from the free memory when not given."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; 2.4e-3 * sqrt(global_batch / 4096) when not given: the paper's, at its batch of 4096."""
+    lr_per_256: float | None = Field(default=None, gt=0)
+    """Peak learning rate for a global batch of 256, scaled linearly; the paper's 1.5e-4 suits batches of thousands."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup: float = Field(default=0.025, ge=0, lt=1)
+    """Share of the run in which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of weights; norms, biases, mask and position tokens have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Clip the gradient's norm to this."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Every random number of the run follows from it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr is not None and self.lr_per_256 is not None:
+            raise ValueError("lr and lr_per_256 exclude each other; give one")
+        return self
+
+
+class SystemConfig(Section):
+    """Where and how it runs; none of this changes what is learnt (beyond rounding)."""
+
+    out: str | None = None
+    """The run folder; runs/pretrain/MODEL-DATA-001 and so on when not given."""
+    overwrite: bool = False
+    """Empty the run folder first, if it holds an earlier run."""
+    device: str | None = None
+    """cuda, cuda:1, mps or cpu; the fastest there is when not given."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Arithmetic of the network; bf16 where the hardware has it, when not given."""
+    compile: bool = False
+    """Compile the network with torch.compile: slower to start, faster to run."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read images; from the cores when not given."""
+    checkpoint_every: float = Field(default=10.0, gt=0)
+    """Minutes between checkpoints."""
+    keep: int = Field(default=2, ge=2)
+    """Checkpoints to keep."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps between two readings of the loss (each one waits for the device)."""
+    eval_data: str | None = None
+    """A folder of class folders (or of train/ and val/ with class folders) for kNN and linear accuracy on the way."""
+    eval_every: float = Field(default=0.1, gt=0, le=1)
+    """Share of the run between two evaluations."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    allow_data_change: bool = False
+    """Resume although the images have changed since the run began."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    data: DataConfig = DataConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    system: SystemConfig = SystemConfig()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "method": MethodConfig,
+    "optim": OptimConfig,
+    "system": SystemConfig,
+}
+# The word that users type where it is not the field's name: `data=` means `data.paths=`.
+WORDS = {"data": "paths"}
+
+
+def locate(word: str) -> tuple[str, str]:
+    """The (section, field) that a user's word means; ``-`` and ``_`` are the same.
+
+    Raises:
+        UserError: no such option; the nearest names are given.
+    """
+    name = word.replace("-", "_")
+    name = WORDS.get(name, name)
+    for section, schema in SECTIONS.items():
+        if name in schema.model_fields:
+            return section, name
+    raise UserError(f"unknown option '{word}'{nearest(word, option_words())}")
+
+
+def option_words() -> list[str]:
+    """Every word that a run takes, in the schema's order."""
+    back = {field: word for word, field in WORDS.items()}
+    return [back.get(field, field) for schema in SECTIONS.values() for field in schema.model_fields]
+
+
+def nearest(word: str, names: list[str]) -> str:
+    """An ending for an error line: ``; nearest: a, b``, or nothing when no name is near."""
+    found = difflib.get_close_matches(word.replace("-", "_"), names, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(found)}" if found else ""
+
+
+def update(config: Config, words: Mapping[str, Any], where: str = "options") -> Config:
+    """``config`` with values set by flat words (``epochs``) or by whole sections (``optim: {epochs: ...}``).
+
+    Raises:
+        UserError: an unknown word, or a value that does not fit; ``where`` names the place in the message.
+    """
+    tree = config.model_dump()
+    for word, value in words.items():
+        if word in SECTIONS and isinstance(value, Mapping):
+            for inner, inner_value in value.items():
+                section, field = locate(str(inner))
+                if section != word:
+                    raise UserError(f"{where}: '{inner}' stands under '{word}', but belongs under '{section}'")
+                tree[section][field] = inner_value
+        else:
+            section, field = locate(word)
+            tree[section][field] = (value,) if field == "paths" and isinstance(value, str) else value
+    return validate(tree, where)
+
+
+def validate(tree: Mapping[str, Any], where: str = "options") -> Config:
+    """A ``Config`` from nested plain values.
+
+    Raises:
+        UserError: the first value that does not fit, in one line.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"][1:]) or "value"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {name} = {first['input']!r}: {message}") from None

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked image modelling in one screen: hide, encode, decode, compare with the target where it was hidden."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+
+from fastmim.mim.decoder import Decoder
+from fastmim.mim.masking import Masking, resize_mask
+from fastmim.mim.targets import Target
+
+
+class MIMOutput(NamedTuple):
+    """Everything that a step computes, so that it can be looked at."""
+
+    loss: Float[Tensor, ""]
+    prediction: Float[Tensor, "B channels cells cells"]
+    target: Float[Tensor, "B channels cells cells"]
+    mask: Bool[Tensor, "B g g"]
+
+
+class MIM(nn.Module):
+    """Masked image modelling with any backbone, masking, target and decoder.
+
+    Args:
+        backbone: images and a mask of blocks (True = hidden) to dense maps, shallow to deep.
+        decoder: maps and mask to a prediction on the target's grid.
+        target: images to what is predicted.
+        masking: keys of samples to masks.
+        block: side of a hidden block in pixels.
+        mean: subtracted from each colour (0 to 1).
+        std: each colour is divided by it.
+        loss: "l2" or "l1".
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[Float[Tensor, "B C H W"], Bool[Tensor, "B g g"]], list[Float[Tensor, "B D h w"]]],
+        decoder: Decoder,
+        target: Target,
+        masking: Masking,
+        block: int,
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        loss: str = "l2",
+    ) -> None:
+        super().__init__()
+        self.backbone, self.decoder, self.target, self.masking = backbone, decoder, target, masking
+        self.block, self.loss = block, loss
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: UInt8[Tensor, "B C H W"], keys: Int64[Tensor, " B"]) -> MIMOutput:
+        """One prediction of the hidden part of each image.
+
+        Args:
+            images: crops of 0 to 255 whose side is a multiple of ``block``.
+            keys: one seed per image; its mask follows from it.
+        """
+        normalised = (images.float() / 255 - self.mean) / self.std
+        mask = self.masking(keys, images.shape[-1] // self.block)
+        target = self.target(normalised)
+        prediction = self.decoder(self.backbone(normalised, mask), mask)
+        return MIMOutput(masked_loss(prediction, target, mask, self.loss), prediction, target, mask)
+
+
+def masked_loss(
+    prediction: Float[Tensor, "B C h w"],
+    target: Float[Tensor, "B C h w"],
+    mask: Bool[Tensor, "B g g"],
+    kind: str = "l2",
+) -> Float[Tensor, ""]:
+    """Mean over hidden cells and channels of the squared ("l2") or absolute ("l1") error, in float32.
+
+    With several ranks the hidden cells are counted over all of them, and the result is scaled so that the mean of the
+    ranks' gradients is the gradient of the mean over all hidden cells.
+    """
+    hidden = resize_mask(mask, target.shape[-1])[:, None]
+    error = prediction.float() - target
+    error = (error.square() if kind == "l2" else error.abs()).mean(dim=1, keepdim=True)
+    count = hidden.sum().float()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return (error * hidden).sum() / count

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the network must predict of a hidden block. A new target is one class and one line in ``TARGETS``."""
+
+import math
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Images to what is predicted of them: one vector of ``channels`` for each cell of ``cell`` x ``cell`` pixels."""
+
+    cell: int
+    channels: int
+
+    def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B channels h w"]:
+        """The target in float32, without gradient and outside autocast."""
+        ...
+
+
+class HOG(nn.Module):
+    """Histograms of oriented gradients (FastMIM, section 3.3; MaskFeat, Wei et al. 2022, section 3.2).
+
+    For each colour and cell, the gradient magnitudes (Sobel, reflected borders) summed over ``bins`` unsigned
+    directions without interpolation, then divided by their L2 norm when ``normalise``. Channel = colour * bins + bin;
+    bin k holds the directions atan2(gx, gy) in [k * pi / bins, (k + 1) * pi / bins). With normalisation it does not
+    change when a colour is scaled or shifted, so it may be computed before or after the images are standardised.
+
+    No ``atan2``: a direction lies in bin k when it is past the half-plane at angle k * pi / bins and not past the
+    next, so sums of the magnitudes past each half-plane give the histogram by subtracting neighbours. That is exact,
+    has no scatter, and fuses under torch.compile.
+
+    Args:
+        colours: channels of the images.
+        cell: side of a cell in pixels; divides height and width.
+        bins: directions from 0 to 180 degrees.
+        normalise: divide each cell's histogram by its L2 norm.
+    """
+
+    def __init__(self, colours: int = 3, cell: int = 8, bins: int = 9, normalise: bool = True) -> None:
+        super().__init__()
+        self.cell, self.bins, self.normalise = cell, bins, normalise
+        self.channels = colours * bins
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B channels h w"]:
+        with torch.autocast(images.device.type, enabled=False):
+            gx, gy = _sobel(images.float())
+            magnitude = torch.hypot(gx, gy)
+            # Fold the direction into [0, pi). Reflected borders make gx == 0 common: there the sign of gy decides.
+            opposite = (gx < 0) | ((gx == 0) & (gy < 0))
+            gx, gy = torch.where(opposite, -gx, gx), torch.where(opposite, -gy, gy)
+            past = [magnitude]
+            for k in range(1, self.bins):
+                angle = k * math.pi / self.bins
+                past.append(magnitude * (gx * math.cos(angle) >= gy * math.sin(angle)))
+            sums = [self.cell**2 * F.avg_pool2d(values, self.cell) for values in past]
+            sums.append(torch.zeros_like(sums[0]))
+            histogram = torch.stack([here - after for here, after in zip(sums, sums[1:], strict=False)], dim=2)
+            if self.normalise:
+                histogram = F.normalize(histogram, dim=2)
+            return histogram.flatten(1, 2)
+
+
+class Pixels(nn.Module):
+    """The pixels of a cell themselves (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.4).
+
+    Channel = colour * cell * cell + row * cell + column.
+
+    Args:
+        colours: channels of the images.
+        cell: side of a cell in pixels; divides height and width.
+        normalise: subtract each cell's mean and divide by its standard deviation (MAE's "normalised pixels").
+    """
+
+    def __init__(self, colours: int = 3, cell: int = 16, normalise: bool = False) -> None:
+        super().__init__()
+        self.cell, self.normalise = cell, normalise
+        self.channels = colours * cell * cell
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B channels h w"]:
+        with torch.autocast(images.device.type, enabled=False):
+            pixels = F.pixel_unshuffle(images.float(), self.cell)
+            if self.normalise:
+                variance, mean = torch.var_mean(pixels, dim=1, keepdim=True)
+                pixels = (pixels - mean) / (variance + 1e-6).sqrt()
+            return pixels
+
+
+def _sobel(images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    """Differences along x (left minus right) and y (upper minus lower), smoothed 1-2-1 across."""
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    down = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    across = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+    return down[..., :-2] - down[..., 2:], across[:, :, :-2] - across[:, :, 2:]
+
+
+TARGETS: dict[str, Callable[[int, int], Target]] = {
+    "hog": lambda colours, cell: HOG(colours, cell),
+    "pixels": lambda colours, cell: Pixels(colours, cell),
+    "pixels_norm": lambda colours, cell: Pixels(colours, cell, normalise=True),
+}

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run folder says, in plain words and short numbers."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from statistics import fmean, median
+from typing import Any
+
+from fastmim import recipes
+from fastmim.config import WORDS, Config
+from fastmim.report.curves import is_number
+from fastmim.report.folder import Record, RunFolder
+
+# Options that say where a run goes, not what it is.
+PLACE = {"out", "overwrite", "allow_data_change"}
+TARGETS = {"hog": "HOG", "pixels": "pixels", "pixels_norm": "normalised pixels"}
+HIDING = {"pixels": "by a learnt colour", "tokens": "by a learnt token", "drop": "by not encoding them"}
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 2 d 3 h, 14 min 20 s."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left, parts = round(seconds), []
+    for name, size in units:
+        if left >= size or (name == "s" and not parts):
+            parts.append(f"{left // size} {name}")
+        elif parts:
+            break
+        left %= size
+    return " ".join(parts[:2])
+
+
+def file_size(count: float) -> str:
+    """Bytes in decimal units, as disks and downloads have them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.4g} TB"
+
+
+def last(records: list[Record], key: str) -> float | None:
+    """The last finite reading of a number."""
+    return next((record[key] for record in reversed(records) if is_number(record.get(key))), None)
+
+
+def values(records: list[Record], key: str) -> list[float]:
+    """Every finite reading of a number."""
+    return [record[key] for record in records if is_number(record.get(key))]
+
+
+def dataset_name(config: Config | None) -> str:
+    """The images by the names of their folders."""
+    names = [PurePath(path).name or path for path in config.data.paths] if config else []
+    rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return " and ".join(names[:2]) + rest if len(names) <= 2 else ", ".join(names[:2]) + rest
+
+
+def device_name(run: RunFolder) -> str:
+    """The device by the name that it was recorded under."""
+    found = run.environment.get("device")
+    if isinstance(found, dict):
+        found = found.get("name") or ", ".join(str(value) for value in found.values())
+    return str(found or (run.config.system.device if run.config else None) or "")
+
+
+def seconds_spent(run: RunFolder) -> float | None:
+    """Seconds over all sittings."""
+    return last(sorted(run.train + run.evals, key=lambda record: record["step"]), "seconds")
+
+
+def samples_seen(run: RunFolder) -> float | None:
+    """Images that went through the network, repeats counted."""
+    return last(run.train, "samples") or run.status.get("samples")
+
+
+def lead(run: RunFolder) -> str:
+    """One sentence: what was trained on what, for how long."""
+    config, seconds, images = run.config, seconds_spent(run), run.data.get("images")
+    words = [config.method.model if config else "A network", "was pre-trained", _start(config)]
+    words.append(f"on {images:,} unlabelled images" if images else "on unlabelled images")
+    words.append(f"from {dataset_name(config)}" if dataset_name(config) else "")
+    words.append(f"at {config.data.resolution} px" if config else "")
+    epoch = last(run.train, "epoch")
+    if config and finished(run):
+        words.append(f"for {config.optim.epochs:g} epochs")
+    elif epoch is not None:
+        words.append(f"for {epoch:.3g} epochs so far")
+    device = device_name(run)
+    taken = f", which took {duration(seconds)}" + (f" on {device}" if device else "") if seconds else ""
+    return " ".join(word for word in words if word) + taken + "."
+
+
+def finished(run: RunFolder) -> bool:
+    """The run did all of its steps."""
+    return run.status.get("state") == "finished"
+
+
+def unfinished(run: RunFolder) -> str:
+    """Why the report is not of a whole run; empty when it is."""
+    if finished(run):
+        return ""
+    state, step, steps = (run.status.get(key) for key in ("state", "step", "steps"))
+    how = {
+        "running": "was still going (or was killed) when this report was written",
+        "interrupted": "was interrupted",
+        "failed": "failed",
+    }.get(str(state), "left no word of how it ended")
+    where = f" at step {step:,} of {steps:,}" if is_number(step) and is_number(steps) else ""
+    message = run.status.get("message")
+    return f"This run {how}{where}." + (f" It said: {message}" if message else "")
+
+
+def key_facts(run: RunFolder) -> list[tuple[str, str]]:
+    """Name and value of what one asks first."""
+    config, facts = run.config, []
+    if config:
+        parameters = f", {_million(run.parameters)} parameters" if run.parameters else ""
+        facts.append(("Network", f"{config.method.model}{parameters}"))
+    if run.data:
+        facts.append(("Images", _images(run.data)))
+    if config:
+        method, optim = config.method, config.optim
+        cell = f" in cells of {method.cell} px" if method.cell else ""
+        block = f" of {method.block} px" if method.block else ""
+        batch = f", {optim.global_batch:,} images a step" if optim.global_batch else ""
+        facts += [
+            ("Resolution", f"{config.data.resolution} x {config.data.resolution} px"),
+            ("Hidden", f"{100 * method.mask_ratio:g} % of blocks{block}, {HIDING[method.hide]}"),
+            ("Predicted", f"{TARGETS[method.target]}{cell}, {method.loss.upper()} loss"),
+            ("Length", f"{optim.epochs:g} epochs{batch}"),
+        ]
+    seen, seconds, loss = samples_seen(run), seconds_spent(run), last(run.evals, "val_loss")
+    facts.append(("Samples seen", f"{seen:,.0f}" if seen else ""))
+    facts.append(("Time", duration(seconds) if seconds else ""))
+    precision = f", {config.system.precision}" if config and config.system.precision else ""
+    facts.append(("Device", device_name(run) + precision if device_name(run) else ""))
+    facts.append(("Held-out loss", f"{loss:.4g}" if loss is not None else ""))
+    return [(name, value) for name, value in facts if value]
+
+
+def speed(run: RunFolder) -> tuple[float, float] | None:
+    """(images a second, share of the time spent waiting for images), or None without readings."""
+    # The first reading holds the start of the workers and the warm-up of the device.
+    rates, waits = values(run.train, "images_per_s"), values(run.train, "data_wait")
+    rates, waits = rates[1:] or rates, waits[1:] or waits
+    return (median(rates), fmean(waits) if waits else 0.0) if rates else None
+
+
+def waiting_hint(share: float) -> str:
+    """What to do about a network that waits for its images; empty when it hardly does."""
+    if share <= 0.05:
+        return ""
+    return (
+        f"{100 * share:.0f} % of the time went by waiting for images: the device stood idle. It would run faster with "
+        "more --workers, with the images on a local disk, or with the images stored smaller (a little above "
+        "the training resolution is enough)."
+    )
+
+
+def not_finite(run: RunFolder) -> int:
+    """Readings of the training loss that were not a number: the training had broken down."""
+    return sum(not is_number(record.get("loss")) for record in run.train)
+
+
+def flat(tree: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested JSON as (dotted name, text)."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def rerun_command(config: Config) -> str:
+    """The shell command that gives the same run again: the recipe, and every option that differs from it."""
+    recipe = config.method.recipe
+    base = recipes.load(recipe) if recipe in recipes.names() else Config()
+    words = ["fastmim", "pretrain", *config.data.paths]
+    words += ["--recipe", recipe]
+    for section, defaults in base.model_dump().items():
+        chosen = getattr(config, section).model_dump()
+        for name, default in defaults.items():
+            if chosen[name] != default and name not in {*PLACE, "recipe", *WORDS.values()}:
+                words += _flag(name, chosen[name])
+    return " ".join(shell_word(word) for word in words)
+
+
+def shell_word(word: str) -> str:
+    """One word of a bash command; bytes that are no text, and control characters, are written as escapes."""
+    if all(letter.isprintable() for letter in word):
+        return shlex.quote(word)
+    escaped = (
+        letter if letter.isprintable() and letter not in "\\'" else "".join(f"\\x{byte:02x}" for byte in _bytes(letter))
+        for letter in word
+    )
+    return "$'" + "".join(escaped) + "'"
+
+
+def load_snippet(path: Path) -> str:
+    """Python that loads the exported weights by timm."""
+    folder = json.dumps(f"local-dir:{path.resolve() / 'export' / 'timm'}", ensure_ascii=False)
+    return (
+        "import timm\n\n"
+        f"folder = {folder}\n"
+        "network = timm.create_model(folder, pretrained=True, num_classes=10)   # a new head, to fine-tune\n"
+        "features = timm.create_model(folder, pretrained=True, num_classes=0)   # one vector per image\n"
+        "stages = timm.create_model(folder, pretrained=True, features_only=True)  # maps, to segment or detect\n"
+    )
+
+
+def _start(config: Config | None) -> str:
+    if config is None:
+        return ""
+    if config.method.pretrained:
+        return "(from timm's released weights)"
+    return "" if config.method.model.startswith("local-dir:") else "from scratch"
+
+
+def _images(data: Record) -> str:
+    formats = data.get("formats") or {}
+    parts = [f"{data['images']:,}" if is_number(data.get("images")) else ""]
+    parts.append(f"{data['held_out']:,} held out" if data.get("held_out") else "")
+    parts.append(file_size(data["bytes"]) if is_number(data.get("bytes")) else "")
+    parts.append(" + ".join(name.upper() for name in formats))
+    return ", ".join(part for part in parts if part)
+
+
+def _million(count: int) -> str:
+    return f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,}"
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{word}" if value else f"--no-{word}"]
+    if isinstance(value, dict):
+        return [f"--{word}", json.dumps(value)]
+    return [f"--{word}", *(str(part) for part in (value if isinstance(value, tuple) else (value,)))]
+
+
+def _bytes(letter: str) -> bytes:
+    return letter.encode("utf-8", "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass")

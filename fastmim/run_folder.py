@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: made, locked, read. What lies where stands in docs/design.md."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fastmim.config import Config, validate
+from fastmim.errors import UserError
+from fastmim.train.checkpoint import write_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Run:
+    """A run folder, whether the run has finished or not.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.yaml").is_file():
+            raise UserError(f"{self.path} is not a run folder: it has no config.yaml")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def config(self) -> Config:
+        """Every option as it was resolved."""
+        return validate(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), str(self.path))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """state ("new" before the first step), step, steps, samples, message."""
+        return self.read("status.json") or {"state": "new", "step": 0, "steps": 0, "samples": 0, "message": ""}
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    @property
+    def exported(self) -> Path:
+        """The folder of the exported weights."""
+        return self.path / "export" / "timm"
+
+    def load(self, num_classes: int = 0, **arguments: Any) -> "nn.Module":
+        """The pre-trained network as a plain timm model; the arguments are those of ``timm.create_model``.
+
+        Raises:
+            UserError: nothing is exported yet, or the network is not one of timm's.
+        """
+        import timm
+
+        if not (self.exported / "config.json").is_file():
+            raise UserError(f"{self.path} has no export that timm can load; 'fastmim export {self.path}' writes one")
+        arguments = {"num_classes": num_classes, **arguments}
+        return timm.create_model(f"local-dir:{self.exported.resolve()}", pretrained=True, **arguments)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write(self, name: str, value: object) -> None:
+        """Replaces a JSON file of the folder."""
+        write_file(self.path / name, json.dumps(value, indent=1).encode())
+
+
+def default_folder(config: Config) -> Path:
+    """``runs/pretrain/MODEL-DATA-001``, or the next free number."""
+    model = Path(config.method.model.removeprefix("local-dir:")).name
+    data = Path(config.data.paths[0]).resolve().name
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in f"{model}-{data}")
+    number = 1
+    while (Path("runs/pretrain") / f"{name}-{number:03d}").exists():
+        number += 1
+    return Path("runs/pretrain") / f"{name}-{number:03d}"
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Makes an empty run folder that can be written to, before anything costly begins.
+
+    Raises:
+        UserError: it is not empty, not a folder, or not writable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the run folder {folder} is a file; give another --out")
+    entries = [entry for entry in folder.iterdir() if entry.name != ".lock"] if folder.is_dir() else []
+    if entries:
+        is_run = (folder / "config.yaml").is_file()
+        if not overwrite:
+            mend = f"'fastmim resume {folder}' goes on with it, --overwrite empties it" if is_run else "give another --out"
+            raise UserError(f"the run folder {folder} is not empty; {mend}")
+        if not is_run:
+            raise UserError(f"the run folder {folder} holds no run, so --overwrite leaves it alone; give another --out")
+        with locked(folder):
+            for entry in entries:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written to: {error.strerror}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the run; the system lets go of the lock when this one dies.
+
+    Raises:
+        UserError: the run is being worked on.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is in use by another process; wait for it or stop it") from None
+        yield
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """config.yaml: what the run was given, with every open choice that matters resolved."""
+    write_file(folder / "config.yaml", dump(config).encode())
+
+
+def dump(config: Config) -> str:
+    """The options as YAML that ``--config`` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: it knows the ``Task`` protocol and its own parts, and no method, model or data set."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fastmim.config import OptimConfig
+from fastmim.seeding import derive
+from fastmim.train.checkpoint import Checkpoints
+from fastmim.train.distributed import Ranks, any_rank, barrier, parallel
+from fastmim.train.log import RunLog
+from fastmim.train.optim import adamw, learning_rate
+from fastmim.train.signals import StopRequest
+
+Batch = dict[str, Tensor]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained: an ``nn.Module`` with a loss, groups of parameters, and an evaluation."""
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and further scalars for the log; no host synchronisation."""
+        ...
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """Groups for the optimiser."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Numbers that say whether it still learns; changes neither weights nor random state."""
+        ...
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Endless micro-batches, as a pure function of the step."""
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Micro-batches from the first one of ``start_step``."""
+        ...
+
+
+class NotLearningError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, in which portions, and how often to look up."""
+
+    optim: OptimConfig  # resolved: global_batch, micro_batch and lr are numbers
+    steps: int
+    images: int
+    log_every: int = 20
+    eval_steps: int = 0  # 0: never
+    checkpoint_seconds: float = 600.0
+    autocast: torch.dtype | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Images per weight update over all ranks."""
+        assert self.optim.global_batch is not None
+        return self.optim.global_batch
+
+
+@dataclass
+class Clock:
+    """Where the time went: since the start of the run, over all sittings, and since the last reading."""
+
+    total: float = 0.0
+    waited: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> float:
+        """Seconds since the last lap; adds them to the total."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.total += seconds
+        return seconds
+
+
+def fit(
+    task: nn.Module, loader: Loader, plan: Plan, checkpoints: Checkpoints, log: RunLog, device: torch.device, ranks: Ranks
+) -> str:
+    """Trains from the newest whole checkpoint, or from the start, to the last step or to a signal.
+
+    The same steps are made whatever interrupts them: data, masks and dropout are functions of the step, and the
+    checkpoint holds weights, the optimiser's moments and the step.
+
+    Returns:
+        "finished" or "interrupted"; in both cases the last step is in a checkpoint.
+
+    Raises:
+        NotLearningError: the loss is NaN or infinite.
+    """
+    return _Fit(task, loader, plan, checkpoints, log, device, ranks).run()
+
+
+class _Fit:
+    def __init__(
+        self, task: nn.Module, loader: Loader, plan: Plan, checkpoints: Checkpoints, log: RunLog, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.task, self.loader, self.plan, self.device, self.ranks = task, loader, plan, device, ranks
+        self.checkpoints, self.log = checkpoints, log
+        assert plan.optim.micro_batch is not None and plan.optim.lr is not None
+        self.peak = plan.optim.lr
+        self.accumulate = plan.global_batch // (plan.optim.micro_batch * ranks.world)
+        self.clock = Clock()
+        # The sum of the losses since the last reading stays on the device: reading it would wait for the device.
+        self.loss_sum = torch.zeros((), device=device)
+        self.loss_steps = 0
+        self.optimizer = adamw(task.param_groups(plan.optim.weight_decay), self.peak, plan.optim.betas)  # type: ignore[operator]
+        self.start = self._restore()
+
+    def run(self) -> str:
+        plan, log = self.plan, self.log
+        if self.ranks.first:
+            log.begin(self.start, plan.steps)
+            log.status("running", self.start, plan.steps, self.start * plan.global_batch)
+        model = parallel(self.task, self.device)
+        saved, step, due = self.start, self.start, time.perf_counter() + plan.checkpoint_seconds
+        if self.start == 0:
+            self._evaluate(0)
+        with StopRequest() as stop:
+            batches = self.loader.batches(self.start)
+            self.clock.lap()
+            while step < plan.steps:
+                self._step(model, batches, step)
+                step += 1
+                reading = step % plan.log_every == 0 or step == plan.steps
+                if reading:
+                    self._read(step)
+                if plan.eval_steps and (step % plan.eval_steps == 0 or step == plan.steps):
+                    self._evaluate(step)
+                # One rank may stop at once; several agree where they wait for each other anyway.
+                if (self.ranks.world == 1 or reading) and any_rank(bool(stop), self.device):
+                    break
+                if any_rank(time.perf_counter() > due, self.device) if reading else False:
+                    self._save(step)
+                    saved, due = step, time.perf_counter() + plan.checkpoint_seconds
+            if saved < step:
+                self._save(step)
+        state = "finished" if step == plan.steps else "interrupted"
+        if self.ranks.first:
+            message = f"stopped by {stop.signal.name}" if stop.signal else ""
+            log.status(state, step, plan.steps, step * plan.global_batch, message)
+        return state
+
+    def _step(self, model: nn.Module, batches: Iterator[Batch], step: int) -> None:
+        """One weight update."""
+        optim = self.plan.optim
+        total = self.plan.steps * self.plan.global_batch
+        rate = learning_rate(step * self.plan.global_batch, total, self.peak, optim.warmup, optim.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(derive(optim.seed, "step", step, self.ranks.rank))  # dropout, drop path
+        for _ in range(self.accumulate):
+            batch = self._next(batches)
+            with torch.autocast(self.device.type, dtype=self.plan.autocast, enabled=self.plan.autocast is not None):
+                loss, _logs = model(batch)
+            (loss / self.accumulate).backward()
+            self.loss_sum += loss.detach() / self.accumulate
+        if optim.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.task.parameters(), optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss_steps += 1
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.clock.waited += time.perf_counter() - began
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _read(self, step: int) -> None:
+        """Waits for the device, reads the mean loss since the last reading, and tells it."""
+        plan = self.plan
+        loss = self.loss_sum.item() / self.loss_steps
+        seconds = self.clock.lap()
+        done, self.loss_steps = self.loss_steps, 0
+        self.loss_sum.zero_()
+        if not math.isfinite(loss):
+            raise NotLearningError(f"the loss is not finite at step {step}; a lower --lr or --clip-grad 1 may help")
+        if not self.ranks.first:
+            return
+        speed = done * plan.global_batch / seconds
+        values = {
+            "samples": step * plan.global_batch,
+            "epoch": step * plan.global_batch / plan.images,
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": speed,
+            "data_wait": min(1.0, self.clock.waited / seconds),
+            "seconds": self.clock.total,
+        }
+        self.clock.waited = 0.0
+        self.log.metrics("train", step, values)
+        self.log.status("running", step, plan.steps, step * plan.global_batch)
+        self.log.advance(step, plan.steps, loss, speed, (plan.steps - step) * plan.global_batch / speed)
+
+    def _evaluate(self, step: int) -> None:
+        plan = self.plan
+        if plan.eval_steps and self.ranks.first:
+            seconds = self.clock.total
+            values = self.task.evaluate()  # type: ignore[operator]
+            place = {"samples": step * plan.global_batch, "epoch": step * plan.global_batch / plan.images}
+            self.log.metrics("eval", step, {**place, **values, "seconds": seconds})
+        barrier()
+        self.clock.lap()  # evaluations count in the time of the run, not in images per second
+
+    def _save(self, step: int) -> None:
+        if self.ranks.first:
+            names = {parameter: name for name, parameter in self.task.named_parameters()}
+            moments = {
+                f"{key}.{names[parameter]}": value
+                for parameter, state in self.optimizer.state.items()
+                for key, value in state.items()
+            }
+            state: dict[str, Any] = {
+                "samples": step * self.plan.global_batch,
+                "seconds": self.clock.total,
+                "loss_sum": self.loss_sum.item(),
+                "loss_steps": self.loss_steps,
+            }
+            self.checkpoints.save(step, {"model": self.task.state_dict(), "optimizer": moments}, state)
+        barrier()
+
+    def _restore(self) -> int:
+        """Takes everything from the newest whole checkpoint; returns the steps that it had made."""
+        found, damage = self.checkpoints.latest()
+        for line in damage:
+            self.log.say(f"left out a damaged checkpoint: {line}")
+        if found is None:
+            return 0
+        self.task.load_state_dict(found.tensors["model"])
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in found.tensors["optimizer"].items():
+            kind, _, name = key.partition(".")
+            moments.setdefault(name, {})[kind] = value
+        for name, parameter in self.task.named_parameters():
+            if name in moments:
+                self.optimizer.state[parameter] = {
+                    kind: value.to(parameter.device) for kind, value in moments[name].items()
+                }
+        self.loss_sum += found.state["loss_sum"]
+        self.loss_steps = found.state["loss_steps"]
+        self.clock.total = found.state["seconds"]
+        return found.step
