@@ -27,14 +27,14 @@ _PUBLIC = {
     "TransformerDecoder": "fastmim.mim.decoder",
     "Backbone": "fastmim.backbones.adapter",
     "Stage": "fastmim.backbones.adapter",
-    "hide": "fastmim.backbones.hiding",
+    "HidingBackbone": "fastmim.backbones.hiding",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from fastmim.backbones.adapter import Backbone as Backbone
     from fastmim.backbones.adapter import Stage as Stage
-    from fastmim.backbones.hiding import hide as hide
+    from fastmim.backbones.hiding import HidingBackbone as HidingBackbone
     from fastmim.config import Config as Config
     from fastmim.errors import UserError as UserError
     from fastmim.mim.decoder import LinearDecoder as LinearDecoder

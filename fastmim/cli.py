@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``fastmim`` command: words in, one call of the library, a few lines out.
 
-Every command is a schema of ``cli_options``, from which tyro draws its help, and a function. torch and timm are imported
-inside the functions, so that help and mistakes are answered at once.
+Every command is a schema of ``cli_options``, from which tyro draws its help, and a function. torch and timm are
+imported inside the functions, so that help and mistakes are answered at once.
 """
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -49,6 +50,7 @@ STATUS_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def demo(words: dict[str, Any]) -> int:
+    """Prints where the report is."""
     options = build(Demo, words, "demo")
     from fastmim.demo.run import demo as run_demo
 
@@ -57,6 +59,7 @@ def demo(words: dict[str, Any]) -> int:
 
 
 def pretrain(words: dict[str, Any]) -> int:
+    """Resolves the options and trains, or prints what they are or what they would do."""
     options = build(Pretrain, {name: words.pop(name) for name in Pretrain.__annotations__ if name in words}, "pretrain")
     config = resolved(words, options.config)
     if options.print_config:
@@ -73,9 +76,10 @@ def pretrain(words: dict[str, Any]) -> int:
 
 
 def resume(words: dict[str, Any]) -> int:
-    if "run" not in words:
-        build(Resume, words, "resume")
-    path = words.pop("run")
+    """Continues a run with the options that were given."""
+    path = words.pop("run", None)
+    if path is None:
+        raise UserError("resume needs RUN; see: fastmim resume --help")
     config = update(Config(), words, "command line")
     changes = {name: getattr(getattr(config, locate(name)[0]), name) for name in words}
     from fastmim import runs
@@ -84,34 +88,35 @@ def resume(words: dict[str, Any]) -> int:
 
 
 def probe(words: dict[str, Any]) -> int:
+    """Prints accuracies (mean and standard deviation) and the verdict."""
     options = build(Probe, words, "probe")
     from fastmim import runs
 
     result = runs.probe(**options.model_dump())
-    rows = [
-        (method, *(f"{mean:.1f} +- {std:.1f}" for mean, std in weights.values()))
-        for method, weights in result["summary"].items()
-    ]
-    columns = next(iter(result["summary"].values()))
-    print_table(("accuracy in %", *columns), rows)
-    print(f"\n{result['verdict']}")
+    for method, accuracies in result["summary"].items():
+        cells = (f"{weights} {mean:.1f} +- {std:.1f} %" for weights, (mean, std) in accuracies.items())
+        print_styled("bold", f"{method:8}", "   ".join(cells))
+    print(result["verdict"])
     return OK
 
 
 def report(words: dict[str, Any]) -> int:
+    """Prints where the page is."""
     options = build(Report, words, "report")
     if options.out and not options.runs[1:]:
         raise UserError(f"--out is for a comparison of runs; the report on one is {options.runs[0]}/report.html")
     from fastmim.report.page import write_comparison, write_report
 
     folders = [Path(run) for run in options.runs]
-    print(
-        write_comparison(folders, Path(options.out or "comparison.html")) if folders[1:] else write_report(folders[0])
-    )
+    if folders[1:]:
+        print(write_comparison(folders, Path(options.out or "comparison.html")))
+    else:
+        print(write_report(folders[0]))
     return OK
 
 
 def export(words: dict[str, Any]) -> int:
+    """Prints where the weights are, and how to load them."""
     options = build(Export, words, "export")
     from fastmim import runs
 
@@ -122,13 +127,31 @@ def export(words: dict[str, Any]) -> int:
 
 
 def models(words: dict[str, Any]) -> int:
+    """Prints families of networks, or those that match a pattern."""
     options = build(Models, words, "models")
     from fastmim.backbones import catalog
 
-    raise NotImplementedError(catalog, options)
+    families = catalog.families()
+    if options.pattern is None:
+        width = max(map(len, families))
+        for family, names in families.items():
+            examples = sorted(names, key=lambda name: (len(name), name))[:3]
+            print_styled("bold", f"{family:{width}}", f"{len(names):5}  {', '.join(examples)}")
+        print(f"\n{sum(map(len, families.values()))} models; fastmim models PATTERN tells more, such as: resnet50")
+        return OK
+    pattern = options.pattern if set(options.pattern) & set("*?[") else f"*{options.pattern}*"
+    every = sorted(name for names in families.values() for name in names)
+    found = fnmatch.filter(every, pattern)
+    if not found:
+        raise UserError(f"no model matches '{options.pattern}'{nearest(options.pattern, every)}")
+    print_networks(found[: options.limit], options.resolution)
+    if len(found) > options.limit:
+        print(f"{options.limit} of {len(found)} models; --limit {len(found)} shows all")
+    return OK
 
 
 def doctor(words: dict[str, Any]) -> int:
+    """Prints what was found; 1 if training is not possible."""
     options = build(Doctor, words, "doctor")
     from fastmim.doctor import checks
 
@@ -182,34 +205,34 @@ def print_fields(values: Mapping[str, Any], indent: str = "") -> None:
             print(f"{indent}{name:{width}}  {text}")
 
 
+def print_networks(names: list[str], resolution: int) -> None:
+    """Prints what can be known of networks without building them in memory, one line each."""
+    from fastmim.backbones import catalog
+
+    width = max(map(len, names))
+    print_styled("dim", f"{'name':{width}}  {'weights':>9}  {'hides by':20}  channels/stride of its maps", "")
+    # Line by line, because laying a network out takes up to a second or two.
+    for name in names:
+        try:
+            facts = catalog.describe(name, resolution)
+        except UserError as error:
+            print_styled("bold", f"{name:{width}}", f"  {error}")
+            continue
+        hides = " ".join(way for way in ("pixels", "tokens", "drop") if way in facts["hides"])
+        maps = " ".join(f"{channels}/{stride}" for channels, stride in facts["stages"])
+        print_styled("bold", f"{name:{width}}", f"  {facts['params'] / 1e6:7.1f} M  {hides:20}  {maps}")
+    print("\nhides by: pixels, a learnt colour; tokens, a learnt token; drop, hidden tokens are not encoded (fastest)")
+
+
 def print_styled(style: str, start: str, rest: str) -> None:
-    """Prints a line whose start is coloured on a terminal."""
+    """Prints a line whose start has a style on a terminal, and none elsewhere."""
     if not sys.stdout.isatty():
         print(start + rest, flush=True)
         return
     from rich.console import Console
     from rich.text import Text
 
-    Console().print(Text.assemble((start, style), rest))
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns: with rich on a terminal, as aligned lines elsewhere."""
-    if not sys.stdout.isatty():
-        lines = [header, *rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header, box=SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(Text(row[0], style="bold"), *(Text(cell) for cell in row[1:]))
-    Console().print(table)
+    Console().print(Text.assemble((start, style), rest), soft_wrap=True)
 
 
 # ---- Help
@@ -266,6 +289,8 @@ def _mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
 
 
 class Command(NamedTuple):
+    """What a command takes, what it does (words in, exit code out), and how it is called."""
+
     schema: type[Section]
     run: Callable[[dict[str, Any]], int]
     usage: str

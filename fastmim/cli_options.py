@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each command takes, as a schema; and a command line or a YAML file read as the words of a schema.
 
-The values of every source (flags, ``key=value``, YAML, Python) are checked by pydantic in one
-place, so that a wrong one reads the same everywhere, in one line; a command line is therefore only split here.
+The values of every source (flags, ``key=value``, YAML, Python) are checked by pydantic in one place, so that a wrong
+one reads the same everywhere, in one line; a command line is therefore only split here.
 """
 
 import re
@@ -16,7 +16,18 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from tyro.conf import Positional, Suppress, arg
 
-from fastmim.config import WORDS, Config, DataConfig, MethodConfig, OptimConfig, Section, SystemConfig, nearest
+from fastmim.config import (
+    SECTIONS,
+    WORDS,
+    Config,
+    DataConfig,
+    MethodConfig,
+    OptimConfig,
+    Section,
+    SystemConfig,
+    locate,
+    nearest,
+)
 from fastmim.errors import UserError
 
 SchemaT = TypeVar("SchemaT", bound=Section)
@@ -312,6 +323,13 @@ def read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, but needs options as 'name: value' lines")
+    seen: set[str] = set()
+    for word, value in tree.items():
+        for name in value if word in SECTIONS and isinstance(value, dict) else [word]:
+            _, field = locate(name)
+            if field in seen:
+                raise UserError(f"{path}: '{name}' is set twice, on its own and in a section or in two spellings")
+            seen.add(field)
     return tree
 
 

@@ -10,7 +10,7 @@ This module imports neither torch nor timm: ``--help`` must answer at once.
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,7 +45,7 @@ class DataConfig(Section):
     """Stop when more than this share of the images cannot be read."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "DataConfig":
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {low} {high}, but needs 0 < smallest <= largest <= 1")
@@ -112,7 +112,7 @@ class OptimConfig(Section):
     """Every random number of the run follows from it."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "OptimConfig":
         if self.lr is not None and self.lr_per_256 is not None:
             raise ValueError("lr and lr_per_256 exclude each other; give one")
         return self

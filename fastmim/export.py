@@ -16,8 +16,9 @@ import safetensors.torch
 import timm
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastmim.backbones.adapter import TimmModel, build
 from fastmim.errors import UserError
 from fastmim.train.checkpoint import sync_folder, write_file
 
@@ -41,12 +42,14 @@ def export_timm(
 
     Args:
         architecture: a timm model name.
-        create_args: what the network was made with; all but drop rates and the number of classes goes into the folder.
+        create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds the stock network at the
+            training resolution; plain JSON values.
         weights: by timm's own keys. Layers that the feature map does not need (a last norm, a neck) may be missing:
             they keep timm's initial values, the same every time, and README.md lists them.
         folder: replaced as a whole if it holds an earlier export.
         resolution: side of the training images in pixels.
-        mean, std: of the colours (0 to 1), as in training.
+        mean: of each colour (0 to 1), as in training.
+        std: likewise.
         card: what README.md tells: a heading to a line of text; "license" is the licence of the weights.
 
     Returns:
@@ -56,11 +59,13 @@ def export_timm(
         UserError: ``folder`` holds something else than an earlier export.
         ValueError: the weights do not fit the architecture.
     """
-    args = _model_args(architecture, create_args, resolution)
+    # transformers passes its own num_classes and would pass it twice; drop rates are how the network was trained here,
+    # and no part of what it is.
+    args = {key: value for key, value in create_args.items() if key != "num_classes" and not key.endswith("_rate")}
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed the accelerators, which this fork does not put back.
         torch.default_generator.manual_seed(0)
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **args).eval()
+        model: TimmModel = timm.create_model(architecture, pretrained=False, num_classes=0, **args).eval()
     initial = _fill(model, weights, resolution)
     stock = model.pretrained_cfg
     config = {
@@ -78,23 +83,25 @@ def export_timm(
         },
     }
     readme = _timm_readme(stock["architecture"], folder, card, initial)
-    files = {_WEIGHTS: _packed(model.state_dict()), _CONFIG: json.dumps(config, indent=2), _README: readme}
+    files: dict[str, bytes | str] = {
+        _WEIGHTS: _packed(model.state_dict()),
+        _CONFIG: json.dumps(config, indent=2),
+        _README: readme,
+    }
     return _replace(folder, files)
 
 
 def export_state(weights: Mapping[str, Tensor], folder: Path, card: Mapping[str, str]) -> Path:
     """Writes the weights of a network that is not timm's, and README.md.
 
-    Args:
-        weights: by the network's own keys.
-        folder, card: as in ``export_timm``; so are the result and the UserError.
+    ``weights`` have the network's own keys; all else is as in ``export_timm``.
     """
     return _replace(folder, {_WEIGHTS: _packed(weights), _README: _state_readme(folder, card)})
 
 
 def verify(
     folder: Path,
-    backbone_forward: Callable[[Tensor], list[Float[Tensor, "B C h w"]]],
+    backbone_forward: Callable[[Tensor], list[Float[Tensor, "B _ _ _"]]],
     images: Float[Tensor, "B 3 H W"],
 ) -> float:
     """The largest absolute difference between the network's last map and that of ``folder``, loaded by timm.
@@ -104,30 +111,12 @@ def verify(
         backbone_forward: the pre-trained network in eval mode, images to maps.
         images: as the network takes them, at the training resolution.
     """
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(images.device)
+    loaded = build(f"local-dir:{folder}", images.shape[-1]).eval().to(images.device)
     with torch.no_grad():
-        return float((_last_map(model, images) - backbone_forward(images)[-1]).abs().max())
+        return float((loaded(images)[-1] - backbone_forward(images)[-1]).abs().max())
 
 
-def _model_args(architecture: str, create_args: Mapping[str, Any], resolution: int) -> dict[str, Any]:
-    """What timm and transformers need to build the network again.
-
-    No num_classes: transformers passes its own and would pass it twice. No drop rates: how the network was regularised
-    here is no part of what it is.
-    """
-    args = {key: value for key, value in create_args.items() if key != "num_classes" and not _drop_rate(key)}
-    flexible = args.get("dynamic_img_size") or args.get("strict_img_size") is False
-    if timm.get_pretrained_cfg(architecture, allow_unregistered=False).fixed_input_size and not flexible:
-        # timm would take the size from pretrained_cfg, but transformers reads model_args only.
-        args.setdefault("img_size", resolution)
-    return args
-
-
-def _drop_rate(key: str) -> bool:
-    return "drop" in key and key.endswith("_rate")
-
-
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], resolution: int) -> list[str]:
+def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int) -> list[str]:
     """Loads the weights into the stock network; returns the keys that keep their initial values."""
     stock = model.state_dict()
     unexpected = sorted(weights.keys() - stock.keys())
@@ -144,12 +133,14 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], resolution: int) -> l
     return missing
 
 
-def _needed(model: nn.Module, resolution: int) -> set[str]:
+def _needed(model: TimmModel, resolution: int) -> set[str]:
     """The keys that the last feature map depends on: what a gradient reaches, and the buffers of those layers."""
     parameters = dict(model.requires_grad_().named_parameters())
     with torch.enable_grad():
-        last = _last_map(model, torch.zeros(1, 3, resolution, resolution)).sum()
-        gradients = torch.autograd.grad(last, list(parameters.values()), allow_unused=True)
+        maps = model.forward_intermediates(
+            torch.zeros(1, 3, resolution, resolution), indices=1, norm=False, intermediates_only=True
+        )
+        gradients = torch.autograd.grad(maps[-1].sum(), list(parameters.values()), allow_unused=True)
     unused = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
     unused_layers = {_layer(name) for name in unused} - {_layer(name) for name in parameters.keys() - unused}
     buffers = {name for name in model.state_dict().keys() - parameters.keys() if _layer(name) not in unused_layers}
@@ -158,12 +149,6 @@ def _needed(model: nn.Module, resolution: int) -> set[str]:
 
 def _layer(key: str) -> str:
     return key.rpartition(".")[0]
-
-
-def _last_map(model: nn.Module, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-    maps = model.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)
-    last: Tensor = maps[-1]
-    return last
 
 
 def _packed(weights: Mapping[str, Tensor]) -> bytes:

@@ -2,6 +2,7 @@
 """The folder of a run: made, locked, read. What lies where stands in docs/design.md."""
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """state ("new" before the first step), step, steps, samples, message."""
+        """State ("new" before the first step), step, steps, samples, message."""
         return self.read("status.json") or {"state": "new", "step": 0, "steps": 0, "samples": 0, "message": ""}
 
     @property
@@ -84,10 +85,12 @@ def default_folder(config: Config) -> Path:
     model = Path(config.method.model.removeprefix("local-dir:")).name
     data = Path(config.data.paths[0]).resolve().name
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in f"{model}-{data}")
-    number = 1
-    while (Path("runs/pretrain") / f"{name}-{number:03d}").exists():
-        number += 1
-    return Path("runs/pretrain") / f"{name}-{number:03d}"
+    return free_folder(Path("runs/pretrain"), name)
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """The first of ``NAME-001``, ``NAME-002`` ... that is not there yet."""
+    return next(path for n in itertools.count(1) if not (path := parent / f"{name}-{n:03d}").exists())
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
@@ -102,7 +105,9 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
     if entries:
         is_run = (folder / "config.yaml").is_file()
         if not overwrite:
-            mend = f"'fastmim resume {folder}' goes on with it, --overwrite empties it" if is_run else "give another --out"
+            mend = (
+                f"'fastmim resume {folder}' goes on with it, --overwrite empties it" if is_run else "give another --out"
+            )
             raise UserError(f"the run folder {folder} is not empty; {mend}")
         if not is_run:
             raise UserError(f"the run folder {folder} holds no run, so --overwrite leaves it alone; give another --out")
@@ -139,4 +144,3 @@ def write_config(folder: Path, config: Config) -> None:
 def dump(config: Config) -> str:
     """The options as YAML that ``--config`` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-

@@ -82,7 +82,9 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
     files = _images(config)
     before = (run.read("data.json") or {}).get("fingerprint", files.fingerprint)
     if before != files.fingerprint and not config.system.allow_data_change:
-        raise UserError(f"the images under {', '.join(config.data.paths)} have changed since {run.path} began; --allow-data-change goes on with them")
+        raise UserError(
+            f"the images under {', '.join(config.data.paths)} have changed since {run.path} began; --allow-data-change goes on with them"
+        )
     with ranks(pick_device(config.system.device).type) as here:
         return _train(run.path, config, files, model, here)
 
@@ -143,7 +145,7 @@ def probe(
     device: str | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """kNN and linear accuracy of frozen features against the same network untrained, over subsets of the labels.
+    """KNN and linear accuracy of frozen features against the same network untrained, over subsets of the labels.
 
     Args:
         target: a run, a timm model (its released weights are fetched) or ``local-dir:FOLDER``.
@@ -230,7 +232,9 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
         state = fit(task, loader, course, Checkpoints(folder / "checkpoints", system.keep), log, device, here)
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")
-            _finish(run, task, backbone, unseen or EvalLoader(train[:64], resolution=side, batch_size=64), labels, device)
+            _finish(
+                run, task, backbone, unseen or EvalLoader(train[:64], resolution=side, batch_size=64), labels, device
+            )
     return run
 
 
@@ -252,7 +256,9 @@ def _finish(
     write_report(run.path)
 
 
-def _open(folder: Path, config: Config, files: ImageFiles, held_out: list[str], device: torch.device, here: Ranks) -> Run:
+def _open(
+    folder: Path, config: Config, files: ImageFiles, held_out: list[str], device: torch.device, here: Ranks
+) -> Run:
     """Writes what a run folder says of itself before the first step."""
     if here.first:
         write_config(folder, config)
@@ -353,5 +359,7 @@ def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
             if name != "epochs" and getattr(changed, section) != getattr(config, section):
                 new = getattr(getattr(changed, section), name)
                 if new != value:
-                    raise UserError(f"{name} was {value} and cannot become {new} in the middle of a run; start another run")
+                    raise UserError(
+                        f"{name} was {value} and cannot become {new} in the middle of a run; start another run"
+                    )
     return changed

@@ -47,5 +47,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rng = np.random.default_rng(index)
             stripes = 128 + 90 * np.sin(along * rng.uniform(0.5, 0.9) + rng.uniform(0, 6))
             noise = rng.normal(0, 10, (48, 48, 3))
-            Image.fromarray((stripes[..., None] + noise).clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.jpg")
+            Image.fromarray((stripes[..., None] + noise).clip(0, 255).astype(np.uint8)).save(
+                folder / name / f"{index}.jpg"
+            )
     return folder

@@ -187,19 +187,21 @@ def _probe(noise: np.random.Generator) -> dict[str, object]:
         "knn": {"trained": 40.8, "untrained": 20.8, "pixels": 67.0},
         "linear": {"trained": 75.8, "untrained": 49.6},
     }
-    rows, summary = [], {}
+    rows: list[dict[str, object]] = []
+    summary: dict[str, dict[str, list[float]]] = {}
     for method, weights in means.items():
         summary[method] = {}
         for name, mean in weights.items():
             points = [round(float(mean + noise.normal(0, 0.9)), 2) for _ in range(3)]
-            summary[method][name] = [float(np.mean(points)), float(np.std(points))]
+            summary[method][name] = [float(np.mean(points)), float(np.std(points, ddof=1))]
             rows += [
                 {"weights": name, "method": method, "subset": subset, "labels": 1000, "accuracy": point}
                 for subset, point in enumerate(points)
             ]
+    trained, untrained = (summary["linear"][name][0] for name in ("trained", "untrained"))
     verdict = (
-        "It helped: a linear probe is right on 75.8 % of unseen images, against 49.6 % with the untrained network, "
-        "but comparing raw pixels still finds better neighbours."
+        f"It helped: a linear probe is right on {trained:.1f} % of unseen images, against {untrained:.1f} % with the "
+        "untrained network, but comparing raw pixels still finds better neighbours."
     )
     return {
         "data": "photos/signs-96", "model": "vit_tiny_patch16_224", "classes": 10, "train": 1000, "val": 412,
@@ -210,17 +212,17 @@ def _probe(noise: np.random.Generator) -> dict[str, object]:
 def _write_small_files(out: Path, steps: int, bad: Sequence[tuple[str, str]]) -> None:
     contents = {
         "environment.json": {
-            "versions": {"python": "3.12.1", "torch": "2.15.0", "timm": "1.0.31", "fastmim": "0.1.0"},
-            "device": "NVIDIA H200", "threads": 16, "git commit": None,
+            "fastmim": "0.1.0", "python": "3.12.1", "torch": "2.15.0", "torchvision": "0.30.0", "timm": "1.0.31",
+            "platform": "Linux-6.1.0-x86_64", "device": "cuda:0", "device_name": "NVIDIA H200", "threads": 16, "git": None,
             "command": "fastmim pretrain photos/signs-96 --model vit_tiny_patch16_224 --epochs 40",
         },
         "data.json": {
             "paths": ["photos/signs-96"], "images": 2062, "bytes": 4_120_000, "formats": {"jpeg": 2062},
-            "held_out": 41, "bad": len(bad), "fingerprint": "0" * 64,
+            "held_out": 41, "fingerprint": "0" * 64,
         },
         "status.json": {
             "state": "finished", "step": steps, "steps": steps, "samples": steps * 64, "pid": 1, "host": "host",
-            "heartbeat": 0, "message": "",
+            "heartbeat": "2026-01-01T00:00:00+00:00", "message": "",
         },
     }  # fmt: skip
     for name, content in contents.items():

@@ -76,6 +76,9 @@ def test_swapped_and_missing_files_are_found(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000003")
     found, damage = store.latest()
     assert found is not None and found.step == 1 and "holds step 1" in damage[0]
+    (tmp_path / "step-00000009").mkdir()
+    found, damage = store.latest()
+    assert found is not None and found.step == 1 and "has no SHA256SUMS" in damage[0]
     (tmp_path / "step-00000001" / "optimizer.safetensors").unlink()
     with pytest.raises(UserError, match="no checkpoint is whole"):
         store.latest()

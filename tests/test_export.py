@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastmim.backbones.adapter import TimmBackbone, build
 from fastmim.errors import UserError
 from fastmim.export import export_state, export_timm, verify
 
@@ -25,7 +26,7 @@ CARD = {"Images": "1,234 of folder shelves/", "Epochs": "400", "license": "cc-by
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture made tiny, and the layers that a pre-training which needs the feature map only leaves out."""
+    """An architecture made tiny, and the layers that its feature map does not need."""
 
     architecture: str
     args: dict[str, Any]
@@ -36,19 +37,20 @@ class Case:
 
 
 CASES = {
-    "vit": Case(
+    "vit": Case("vit_tiny_patch16_224", {"depth": 3, "embed_dim": 48}, 128, (), "patch_embed.proj", {"img_size": 224}),
+    "vit-pooled": Case(
         "vit_tiny_patch16_224",
-        {"img_size": 128, "depth": 3, "embed_dim": 48, "drop_path_rate": 0.1},
+        {"depth": 3, "embed_dim": 48, "global_pool": "avg", "drop_path_rate": 0.1},
         128,
-        ("norm.weight", "norm.bias"),
+        ("fc_norm.weight", "fc_norm.bias"),
         "patch_embed.proj",
         {"img_size": 224},
     ),
     "swin": Case(
         "swin_tiny_patch4_window7_224",
-        {"img_size": (128, 128), "window_size": 4, "embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)},
+        {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)},
         128,
-        ("norm.weight", "norm.bias"),
+        (),
         "patch_embed.proj",
         {"img_size": 224, "window_size": 7},
     ),
@@ -72,40 +74,30 @@ CASES = {
 class Exported:
     case: Case
     folder: Path
-    network: torch.nn.Module
+    network: TimmBackbone
     images: Tensor
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = self.network.forward_intermediates(
-            images, norm=False, output_fmt="NCHW", intermediates_only=True
-        )
-        return maps
 
-
-def trained(case: Case) -> torch.nn.Module:
+def trained(case: Case) -> TimmBackbone:
     """A network unlike any fresh one: every number of its state is moved."""
-    network = timm.create_model(case.architecture, num_classes=0, **case.args).eval()
+    network = build(case.architecture, case.resolution, model_args=case.args).eval()
     generator = torch.Generator().manual_seed(1)
-    for value in network.state_dict().values():
+    for value in network.weights().values():
         if value.is_floating_point():
             value += 0.05 * torch.rand(value.shape, generator=generator)
     return network
 
 
-def used(case: Case, network: torch.nn.Module) -> dict[str, Tensor]:
-    return {key: value for key, value in network.state_dict().items() if key not in case.unused}
-
-
-def export(case: Case, weights: dict[str, Tensor], folder: Path, card: dict[str, str] = CARD) -> Path:
+def export(case: Case, network: TimmBackbone, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
     return export_timm(
-        case.architecture,
-        case.args,
-        weights,
+        network.architecture,
+        network.create_args,
+        network.weights() if weights is None else weights,
         folder,
         resolution=case.resolution,
         mean=MEAN,
         std=STD,
-        card=card,
+        card=CARD,
     )
 
 
@@ -113,13 +105,13 @@ def export(case: Case, weights: dict[str, Tensor], folder: Path, card: dict[str,
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     case = CASES[request.param]
     network = trained(case)
-    folder = export(case, used(case, network), tmp_path_factory.mktemp("export") / "timm")
+    folder = export(case, network, tmp_path_factory.mktemp("export") / "timm")
     images = torch.randn(2, 3, case.resolution, case.resolution, generator=torch.Generator().manual_seed(2))
     return Exported(case, folder, network, images)
 
 
 def assert_same_weights(found: dict[str, Tensor], exported: Exported, skip: tuple[str, ...] = ()) -> None:
-    expected = used(exported.case, exported.network)
+    expected = exported.network.weights()
     for key in expected.keys() - set(skip):
         assert torch.equal(found[key], expected[key]), key
 
@@ -127,14 +119,14 @@ def assert_same_weights(found: dict[str, Tensor], exported: Exported, skip: tupl
 def test_timm_loads_the_same_network(exported: Exported) -> None:
     loaded = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     assert loaded.num_classes == 0
-    assert loaded.state_dict().keys() == exported.network.state_dict().keys()
+    assert loaded.state_dict().keys() - exported.network.weights().keys() == set(exported.case.unused)
     assert_same_weights(loaded.state_dict(), exported)
-    assert verify(exported.folder, exported.forward, exported.images) == 0
+    assert verify(exported.folder, exported.network, exported.images) == 0
 
 
 def test_verify_sees_another_network(exported: Exported) -> None:
     def other(images: Tensor) -> list[Tensor]:
-        return [map_ + 0.25 for map_ in exported.forward(images)]
+        return [map_ + 0.25 for map_ in exported.network(images)]
 
     assert verify(exported.folder, other, exported.images) == pytest.approx(0.25, abs=1e-4)
 
@@ -148,16 +140,22 @@ def test_timm_puts_a_new_head_on_it(exported: Exported) -> None:
 def test_timm_takes_features_only(exported: Exported) -> None:
     loaded = timm.create_model(f"local-dir:{exported.folder}", pretrained=True, features_only=True).eval()
     with torch.no_grad():
-        maps, expected = loaded(exported.images), exported.forward(exported.images)
-    if exported.case.architecture.startswith("swin"):  # timm's feature pyramid of a Swin is NHWC
-        maps = [map_.permute(0, 3, 1, 2) for map_ in maps]
-    torch.testing.assert_close(maps[-1], expected[-1])
+        maps, expected = loaded(exported.images), exported.network(exported.images)[-1]
+    last = maps[-1]
+    if exported.case.architecture.startswith("swin"):
+        last = last.permute(0, 3, 1, 2)  # timm's feature pyramid of a Swin is NHWC
+    if hasattr(exported.network.model, "norm"):
+        last = exported.network.model.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # it ends before the last norm
+    torch.testing.assert_close(last, expected)
 
 
+# timm 1.0.31 resizes a relative position table by old ways of indexing.
+@pytest.mark.filterwarnings(r"ignore:torch.searchsorted\(\). input value tensor is non-contiguous:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
 def test_timm_takes_another_size(exported: Exported) -> None:
     size = exported.case.other_size
     loaded = timm.create_model(f"local-dir:{exported.folder}", pretrained=True, **(size or {})).eval()
-    resized = tuple(key for key in exported.network.state_dict() if "pos_embed" in key or "relative_position" in key)
+    resized = tuple(key for key in exported.network.weights() if "pos_embed" in key or "relative_position" in key)
     assert_same_weights(loaded.state_dict(), exported, skip=resized)
     side = size["img_size"] if size else 160
     assert loaded(torch.rand(1, 3, side, side)).isfinite().all()
@@ -167,7 +165,7 @@ def test_timm_takes_five_channels(exported: Exported) -> None:
     loaded = timm.create_model(f"local-dir:{exported.folder}", pretrained=True, in_chans=5).eval()
     first = f"{exported.case.first_conv}.weight"
     assert_same_weights(loaded.state_dict(), exported, skip=(first,))
-    expected = exported.network.state_dict()[first]
+    expected = exported.network.weights()[first]
     torch.testing.assert_close(loaded.state_dict()[first][:, :3], expected * 3 / 5)
 
 
@@ -176,7 +174,7 @@ def test_timm_knows_how_to_prepare_images(exported: Exported) -> None:
     data = timm.data.resolve_model_data_config(loaded)
     side = exported.case.resolution
     assert (data["mean"], data["std"], list(data["input_size"])) == (list(MEAN), list(STD), [3, side, side])
-    assert data["interpolation"] == exported.network.pretrained_cfg["interpolation"]
+    assert data["interpolation"] == exported.network.model.pretrained_cfg["interpolation"]
 
 
 @pytest.fixture(scope="module")
@@ -235,14 +233,14 @@ def test_the_readme_that_is_written_runs(exported: Exported) -> None:
 
 
 def test_same_weights_same_bytes_whatever_was_random_before(tmp_path: Path) -> None:
-    case = CASES["vit"]
-    weights = used(case, trained(case))
+    case = CASES["convnext"]  # its last norm is not pre-trained, so it holds what the builder drew
+    network = trained(case)
     torch.manual_seed(1)
-    first = export(case, weights, tmp_path / "a")
+    first = export(case, network, tmp_path / "a")
     torch.manual_seed(2)
     expected = torch.rand(3)
     torch.manual_seed(2)
-    second = export(case, weights, tmp_path / "b")
+    second = export(case, network, tmp_path / "b")
     assert torch.equal(torch.rand(3), expected), "the caller's generator was disturbed"
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
@@ -261,19 +259,18 @@ def test_weights_that_do_not_fit_are_an_error_and_the_old_export_stays(
     name: str, change: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
     case = CASES[name]
-    weights = used(case, trained(case))
-    folder = export(case, weights, tmp_path / "timm")
+    network = trained(case)
+    folder = export(case, network, tmp_path / "timm")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    changed = {key: value for key, value in (weights | change).items() if value is not None}
+    changed = {key: value for key, value in (network.weights() | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        export(case, changed, folder)
+        export(case, network, folder, changed)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_earlier_export_is_replaced_as_a_whole(tmp_path: Path) -> None:
     case = CASES["convnext"]
-    weights = used(case, trained(case))
-    folder = export(case, weights, tmp_path / "timm")
+    folder = export(case, trained(case), tmp_path / "timm")
     # What a process that was killed leaves behind.
     (tmp_path / ".timm.new").mkdir()
     (tmp_path / ".timm.new" / "model.safetensors").write_bytes(b"half")
@@ -285,7 +282,7 @@ def test_an_earlier_export_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_other_files_are_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="thesis.tex"):
+    with pytest.raises(UserError, match=r"thesis\.tex"):
         export_state({"layer": torch.ones(2)}, tmp_path, {})
     with pytest.raises(UserError, match="is a file"):
         export_state({"layer": torch.ones(2)}, tmp_path / "thesis.tex", {})

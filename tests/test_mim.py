@@ -39,7 +39,8 @@ class TinyBackbone(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 32, 8, stride=8)
 
-    def forward(self, images: Tensor, mask: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, mask: Tensor, hidden: int) -> list[Tensor]:
+        assert (mask.flatten(1).sum(1) == hidden).all()
         visible = ~mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
         return [self.conv(images * visible)]
 

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one seam to timm: any of its image networks, at any size it can take, as a backbone that returns dense maps."""
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from timm.layers import Format
+from timm.layers.format import Format
 from timm.models import get_model_args
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from fastmim.errors import UserError
 
 LOCAL = "local-dir:"
+# An nn.Module with forward_intermediates, prune_intermediate_layers and feature_info: all have them, none declares it.
+TimmModel = Any
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Stage:
     stride: int
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """What every backbone offers; any ``nn.Module`` with these three members is one."""
 
@@ -61,7 +66,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         stages: tuple[Stage, ...],
         *,
         indices: tuple[int, ...],
@@ -70,13 +75,15 @@ class TimmBackbone(nn.Module):
         create_args: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: TimmModel = model
         self.stages = stages
         self.architecture = architecture
         self.create_args = create_args
         self.hides = ways_to_hide(model)
         self.mask_stride = patch_size(model) or 1
         self._indices, self._norm = indices, norm
+        self.mask_token: nn.Parameter | None
+        self.register_parameter("mask_token", None)
         self._mask: Bool[Tensor, "B h w"] | None = None
         self._gather: GatherVisible | None = None
 
@@ -119,6 +126,8 @@ class TimmBackbone(nn.Module):
             return self._dense(images)
         if self._gather is not None:
             return self._dropped(images, mask, _count(mask) if hidden is None else hidden, self._gather)
+        if self.mask_token is None:
+            raise ValueError("a mask needs hide_by() first")
         self._mask = mask
         try:
             return self._dense(images)
@@ -132,7 +141,7 @@ class TimmBackbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Stock names of the weights that timm exempts from decay, and ``mask_token`` where there is one."""
         exempt = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
-        return exempt | ({"mask_token"} if hasattr(self, "mask_token") else set())
+        return exempt | ({"mask_token"} if self.mask_token is not None else set())
 
     def _dense(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B C h w"]]:
         maps = _intermediates(self.model, images, self._indices, self._norm)
@@ -142,7 +151,7 @@ class TimmBackbone(nn.Module):
         self, images: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B h w"], hidden: int, gather: "GatherVisible"
     ) -> list[Float[Tensor, "B C h w"]]:
         places = mask[0].numel()
-        # A stable sort lists the visible places first and in their order: no nonzero(), which would wait for the device.
+        # A stable sort lists the visible places first, in their order; nonzero() would wait for the device.
         gather.keep = mask.flatten(1).byte().argsort(dim=1, stable=True)[:, : places - hidden]
         try:
             tokens = _intermediates(self.model, images, self._indices, self._norm, output_fmt="NLC")
@@ -157,7 +166,7 @@ class TimmBackbone(nn.Module):
 
     def _put_tokens(self, embed: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
         """Forward hook of the patch embedding, whose output is NLC, NHWC or NCHW."""
-        if self._mask is None:
+        if self._mask is None or self.mask_token is None:
             return None
         mask, token = self._mask, self.mask_token.to(tokens.dtype)
         if tokens.ndim == 3:
@@ -193,7 +202,7 @@ class Plan:
 
     architecture: str
     create_args: dict[str, Any]
-    model: nn.Module
+    model: TimmModel
 
 
 def build(
@@ -261,10 +270,132 @@ def plan(name: str, resolution: int, model_args: Mapping[str, Any]) -> Plan:
             # Here timm scales the windows with the size; the argument img_size alone leaves them as they were.
             model.set_input_size(img_size=resolution)
         else:
-            model = _create(name, **model_args, img_size=resolution) if _takes_size(name, model_args) else model
+            with contextlib.suppress(TypeError):  # has no such argument: a convolutional network takes any size
+                model = timm.create_model(name, num_classes=0, **{**model_args, "img_size": resolution})
     args = get_model_args(model)
     if "img_size" in args:
         args["img_size"] = resolution
-    args = {word: value for word, value in (args | dict(model_args)).items() if word != "num_classes"}
-    architecture = model.pretrained_cfg["architecture"] if name.startswith(LOCAL) else name.split(".")[0]
+    args = {word: value for word, value in {**args, **model_args}.items() if word != "num_classes"}
+    architecture = model.pretrained_cfg["architecture"] if name.startswith(LOCAL) else name.split(".", maxsplit=1)[0]
     return Plan(architecture, json.loads(json.dumps(args)), model)
+
+
+def patch_size(model: TimmModel) -> int | None:
+    """Pixels per token, where each token of the patch embedding sees its own square patch and nothing else."""
+    match list(_convolutions(getattr(model, "patch_embed", None))):
+        case [one] if one.kernel_size == one.stride == one.stride[::-1] and one.padding == (0, 0):
+            return one.stride[0]
+    return None
+
+
+def ways_to_hide(model: TimmModel) -> frozenset[str]:
+    """The ways of hiding that are exact for a timm network; see `TimmBackbone`."""
+    if patch_size(model) is None:
+        return frozenset({"pixels"})
+    drops = isinstance(model, VisionTransformer | Eva)
+    return frozenset({"pixels", "tokens", "drop"} if drops else {"pixels", "tokens"})
+
+
+def _create(name: str, **arguments: Any) -> TimmModel:
+    try:
+        return timm.create_model(name, num_classes=0, **arguments)
+    except Exception as error:  # timm raises nearly every kind, for bad arguments, files and downloads alike
+        raise UserError(f"model '{name}' cannot be built: {_line(error)}") from error
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL))
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model '{name}': no config.json in {folder}; a timm hub folder holds it beside the weights"
+            )
+    elif ":" in name or "/" in name or not timm.is_model(name):
+        near = timm.list_models(f"*{name}*") or timm.list_models()
+        names = ", ".join(difflib.get_close_matches(name, near, n=3, cutoff=0))
+        raise UserError(f"timm has no model '{name}'; nearest: {names} (or local-dir:FOLDER for a timm hub folder)")
+
+
+def _absolute(model: TimmModel, indices: Sequence[int] | None) -> tuple[int, ...]:
+    """Counted from the front, in order: pruning changes what -1 means."""
+    count = len(model.feature_info)
+    wrong = [i for i in indices or () if not -count <= i < count]
+    if wrong or indices == []:
+        raise UserError(f"indices: {wrong or 'none'} given, but the network has {count} maps: 0 to {count - 1}")
+    return tuple(sorted({i % count for i in indices or (-1,)}))
+
+
+def _intermediates(
+    model: TimmModel, images: Tensor, indices: tuple[int, ...], norm: bool, output_fmt: str = "NCHW"
+) -> list[Tensor]:
+    return model.forward_intermediates(
+        images, indices=list(indices), norm=norm, output_fmt=output_fmt, intermediates_only=True
+    )
+
+
+def _probe(model: TimmModel, resolution: int, indices: tuple[int, ...]) -> tuple[bool, list[Tensor]]:
+    """Whether the final norm can be applied (Hiera cannot), and the maps of an empty image."""
+    model.eval()  # one image is too few for batch norm, and must not change its statistics
+    images = torch.zeros(1, 3, resolution, resolution, device=next(model.parameters()).device)
+    try:
+        return True, _intermediates(model, images, indices, norm=True)
+    except AssertionError:
+        return False, _intermediates(model, images, indices, norm=False)
+
+
+def _freeze_unreached(model: TimmModel, maps: list[Tensor]) -> None:
+    """Exclude weights that no map depends on and that timm does not prune, such as HRNet's other branches.
+
+    A parameter without a gradient stops DistributedDataParallel. Cutting these out would need knowledge of each
+    network; frozen, they stay as they were and the exported weights still fit the stock network.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad([one.sum() for one in maps], trained, allow_unused=True)
+    for weight, gradient in zip(trained, gradients, strict=True):
+        weight.requires_grad_(gradient is not None)
+
+
+def _refusal(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple[int, ...], why: str) -> str:
+    sizes = ", ".join(str(size) for size in _nearest_sizes(name, resolution, model_args, take))
+    return f"model '{name}' cannot take images of {resolution} px ({why})" + (
+        f"; nearest that work: {sizes}" * bool(sizes)
+    )
+
+
+def _nearest_sizes(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple[int, ...]) -> list[int]:
+    """The next smaller and the next larger size that the network takes, tried on the meta device."""
+    model = plan(name, resolution, model_args).model
+    step = max(model.feature_info[i]["reduction"] for i in take)
+    below = range(resolution // step * step, 0, -step)
+    above = range((resolution // step + 1) * step, 2 * resolution + step, step)
+    tried = [next((size for size in sizes if _fits(name, size, model_args, take)), None) for sizes in (below, above)]
+    return [size for size in tried if size is not None]
+
+
+def _fits(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple[int, ...]) -> bool:
+    try:
+        _probe(plan(name, resolution, model_args).model, resolution, take)
+    except Exception as error:
+        # A network that reads values (Gemma) cannot be tried without memory; its stride is all there is to know.
+        return "meta tensors" in str(error)
+    return True
+
+
+def _convolutions(module: nn.Module | None) -> Iterator[nn.Conv2d]:
+    return (part for part in module.modules() if isinstance(part, nn.Conv2d)) if module is not None else iter(())
+
+
+def _resize(one: Float[Tensor, "B C h w"], side: int) -> Float[Tensor, "B C side side"]:
+    # Inception's convolutions have no padding: its maps are a little smaller than the image divided by the stride.
+    return one if one.shape[-1] == side else F.interpolate(one, (side, side), mode="bilinear", align_corners=False)
+
+
+def _count(mask: Bool[Tensor, "B h w"]) -> int:
+    counts = mask.flatten(1).sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"'drop' needs equally many hidden places in every image, not {min(counts)} to {max(counts)}")
+    return counts[0]
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -41,7 +41,7 @@ UPRIGHT = {
 AXES_SWAPPED, X_MIRRORED, Y_MIRRORED = {5, 6, 7, 8}, {2, 3, 7, 8}, {3, 4, 6, 7}
 
 
-class BadImage(Exception):
+class BadImage(Exception):  # noqa: N818 - the fault is the image's
     """A file that cannot be used as an image.
 
     ``reason`` is one of: missing, unreadable, not a regular file, empty, too many bytes, not an image,
@@ -179,6 +179,10 @@ def _orientation(stored: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where there is none or it cannot be read."""
     if stored.format == "TIFF":
         return 1  # Pillow turns TIFF itself, and gives the upright size
+    if stored.format == "PNG":
+        # In PNG the EXIF may stand behind the pixels, so that getexif decodes them. Here a failure is seen; after a
+        # failure inside getexif, the next load would give the half decoded picture without a word.
+        stored.load()
     try:
         value = stored.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken metadata says nothing against the pixels

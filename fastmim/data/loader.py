@@ -9,6 +9,7 @@ import csv
 import ctypes
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -40,7 +41,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Order:
-    """``order(position) -> (epoch, index)``: every epoch visits each of ``count`` images once, in its own order."""
+    """Where a position of the endless stream lies; every epoch visits each of ``count`` images once, in a new order."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
@@ -48,6 +49,7 @@ class Order:
         self._permutation = functools.lru_cache(maxsize=2)(functools.partial(permutation, count, seed))
 
     def __call__(self, position: int) -> Sample:
+        """The (epoch, index) of the sample at ``position``."""
         epoch, place = divmod(position, self.count)
         return epoch, int(self._permutation(epoch)[place])
 
@@ -62,7 +64,26 @@ def permutation(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"
 
 
 class TrainLoader:
-    """Random crops for training. ``bad`` maps every path that could not be read so far to the reason."""
+    """Random crops for training. ``bad`` maps every path that could not be read so far to the reason.
+
+    Args:
+        files: paths of the images.
+        resolution: side of the crops in pixels.
+        crop_scale: smallest and largest share of a picture's area that a crop covers.
+        flip: mirror half of the crops left to right.
+        seed: what order, crops, flips and keys follow from.
+        global_batch: images of a step over all ranks.
+        micro_batch: images of a batch that this rank yields.
+        rank: which of the ranks this is; each takes its own part of every step.
+        world_size: number of ranks.
+        workers: processes that read images; 0 reads in this one.
+        pin_memory: yield batches in page-locked memory, which a GPU copies from without waiting.
+        max_bad: share of ``files`` that may be unreadable.
+        bad_log: CSV file (path, reason) that lists each unreadable image once, over all sittings.
+
+    Raises:
+        ValueError: ``global_batch`` cannot be cut into micro-batches of equal size on all ranks.
+    """
 
     def __init__(
         self,
@@ -81,18 +102,6 @@ class TrainLoader:
         max_bad: float = 0.05,
         bad_log: Path | None = None,
     ) -> None:
-        """
-        Args:
-            resolution: side of the crops in pixels.
-            crop_scale: smallest and largest share of the area that a crop covers.
-            global_batch: images of a step over all ranks.
-            micro_batch: images of a batch that this rank yields.
-            max_bad: share of ``files`` that may be unreadable.
-            bad_log: CSV file (path, reason) that lists each unreadable image once, over all sittings.
-
-        Raises:
-            ValueError: ``global_batch`` cannot be cut into micro-batches of equal size on all ranks.
-        """
         if global_batch % (micro_batch * world_size):
             raise ValueError(
                 f"global_batch {global_batch} is not divisible by micro_batch {micro_batch} x {world_size} ranks"
@@ -147,7 +156,7 @@ class EvalLoader:
 
     def __len__(self) -> int:
         """Number of batches; a batch of which no image can be read is not yielded."""
-        return -(-len(self._samples.files) // self._batch_size)
+        return math.ceil(len(self._samples.files) / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         places = range(len(self._samples.files))
@@ -277,20 +286,22 @@ def _load(
         # anew in each worker. Elsewhere than on Linux fork is missing or breaks the system's own libraries.
         method = "fork" if sys.platform == "linux" else "spawn"
         parallel = {"multiprocessing_context": method, "timeout": TIMEOUT, "worker_init_fn": _start_worker}
-    loader: DataLoader[Any] = DataLoader(
-        samples,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # The DataLoader draws a seed for its workers; from the global generator, that would change what follows.
-        generator=torch.Generator(),
-        **parallel,
-    )
     with warnings.catch_warnings():
+        # The number of workers is the user's choice, and changes no result; torch warns if it is above the cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         # From 3.12 on, Python warns that a lock which another thread holds stays locked in the forked child. Workers
         # take no such lock: they run Pillow, NumPy and copies of small tensors, on one thread and no device.
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)
+        loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            # The DataLoader draws a seed for its workers; from the global generator, that would change what follows.
+            generator=torch.Generator(),
+            **parallel,
+        )
         iterator = iter(loader)
     yield from iterator
 

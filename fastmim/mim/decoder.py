@@ -60,9 +60,7 @@ class TransformerDecoder(nn.Module):
         depth: number of blocks.
     """
 
-    def __init__(
-        self, width: int, stride: int, cell: int, channels: int, fill: bool, dim: int, depth: int
-    ) -> None:
+    def __init__(self, width: int, stride: int, cell: int, channels: int, fill: bool, dim: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(width, dim, 1)
         self.mask_token = _token(dim) if fill else None
@@ -83,8 +81,8 @@ class TransformerDecoder(nn.Module):
     def _position(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
         place = (height, width, device)
         if place not in self._positions:
-            table = build_sincos2d_pos_embed([height, width], dim=self.norm.normalized_shape[0], interleave_sin_cos=True)
-            self._positions[place] = table.to(device)
+            dim = self.embed.out_channels
+            self._positions[place] = build_sincos2d_pos_embed([height, width], dim, interleave_sin_cos=True).to(device)
         return self._positions[place]
 
 

@@ -18,7 +18,11 @@ class Masking(Protocol):
     """Chooses hidden blocks from the samples' keys alone, so that a mask never depends on batch, device or rank."""
 
     def __call__(self, keys: Int64[Tensor, " B"], side: int) -> Bool[Tensor, "B g g"]:
-        """Masks on a grid of ``side`` blocks, True = hidden; equally many in every image."""
+        """Masks on a grid of ``side`` x ``side`` blocks, True = hidden; ``hidden(side)`` in every image."""
+        ...
+
+    def hidden(self, side: int) -> int:
+        """How many blocks of each image are hidden: known without asking the device."""
         ...
 
 
@@ -35,9 +39,13 @@ class RandomMasking:
     def __call__(self, keys: Int64[Tensor, " B"], side: int) -> Bool[Tensor, "B g g"]:
         blocks = torch.arange(1, side * side + 1, device=keys.device)
         noise = _splitmix(_splitmix(keys)[:, None] + blocks * _GOLDEN)
-        hidden = noise.argsort(dim=1)[:, : round(self.ratio * side * side)]
+        hidden = noise.argsort(dim=1)[:, : self.hidden(side)]
         mask = torch.zeros(noise.shape, dtype=torch.bool, device=keys.device)
         return mask.scatter(1, hidden, True).unflatten(1, (side, side))
+
+    def hidden(self, side: int) -> int:
+        """``round(ratio * side * side)``."""
+        return round(self.ratio * side * side)
 
 
 def resize_mask(mask: Bool[Tensor, "B g g"], side: int) -> Bool[Tensor, "B side side"]:

@@ -27,7 +27,7 @@ class MIM(nn.Module):
     """Masked image modelling with any backbone, masking, target and decoder.
 
     Args:
-        backbone: images and a mask of blocks (True = hidden) to dense maps, shallow to deep.
+        backbone: images, a mask of blocks (True = hidden) and their number to dense maps, shallow to deep.
         decoder: maps and mask to a prediction on the target's grid.
         target: images to what is predicted.
         masking: keys of samples to masks.
@@ -39,7 +39,7 @@ class MIM(nn.Module):
 
     def __init__(
         self,
-        backbone: Callable[[Float[Tensor, "B C H W"], Bool[Tensor, "B g g"]], list[Float[Tensor, "B D h w"]]],
+        backbone: Callable[[Float[Tensor, "B C H W"], Bool[Tensor, "B g g"], int], list[Float[Tensor, "B D h w"]]],
         decoder: Decoder,
         target: Target,
         masking: Masking,
@@ -62,9 +62,10 @@ class MIM(nn.Module):
             keys: one seed per image; its mask follows from it.
         """
         normalised = (images.float() / 255 - self.mean) / self.std
-        mask = self.masking(keys, images.shape[-1] // self.block)
+        side = images.shape[-1] // self.block
+        mask = self.masking(keys, side)
         target = self.target(normalised)
-        prediction = self.decoder(self.backbone(normalised, mask), mask)
+        prediction = self.decoder(self.backbone(normalised, mask, self.masking.hidden(side)), mask)
         return MIMOutput(masked_loss(prediction, target, mask, self.loss), prediction, target, mask)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the network must predict of a hidden block. A new target is one class and one line in ``TARGETS``."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -61,7 +63,7 @@ class HOG(nn.Module):
                 past.append(magnitude * (gx * math.cos(angle) >= gy * math.sin(angle)))
             sums = [self.cell**2 * F.avg_pool2d(values, self.cell) for values in past]
             sums.append(torch.zeros_like(sums[0]))
-            histogram = torch.stack([here - after for here, after in zip(sums, sums[1:], strict=False)], dim=2)
+            histogram = torch.stack([here - after for here, after in itertools.pairwise(sums)], dim=2)
             if self.normalise:
                 histogram = F.normalize(histogram, dim=2)
             return histogram.flatten(1, 2)
@@ -102,7 +104,7 @@ def _sobel(images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], 
 
 
 TARGETS: dict[str, Callable[[int, int], Target]] = {
-    "hog": lambda colours, cell: HOG(colours, cell),
-    "pixels": lambda colours, cell: Pixels(colours, cell),
-    "pixels_norm": lambda colours, cell: Pixels(colours, cell, normalise=True),
+    "hog": HOG,
+    "pixels": Pixels,
+    "pixels_norm": functools.partial(Pixels, normalise=True),
 }

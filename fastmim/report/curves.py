@@ -78,14 +78,15 @@ def draw_chart(title: str, note: str, series: Sequence[Series], from_zero: bool 
     filled = [one for one in series if len(one.values)]
     if not filled:
         return None
-    right = max(float(one.samples.max()) for one in filled) or 1.0
+    # A little room, or the last dot would be cut in half.
+    right = 1.012 * max(float(one.samples.max()) for one in filled) or 1.0
     low, high = _range(filled, from_zero)
     return Chart(
         title=title,
         note=note,
         lines=[_line(one, right, low, high) for one in filled],
-        x_ticks=[(100 * tick / right, tick_label(tick)) for tick in nice_ticks(0, right, 4)],
-        y_ticks=[(100 * (high - tick) / (high - low), tick_label(tick)) for tick in nice_ticks(low, high, 4)],
+        x_ticks=[(100 * tick / right, tick_label(tick)) for tick in nice_ticks(0, right, 5)],
+        y_ticks=[(100 * (high - tick) / (high - low), tick_label(tick)) for tick in nice_ticks(low, high, 5)],
         summary=f"{title} over samples seen. " + " ".join(_describe(one) for one in filled),
     )
 
@@ -111,9 +112,9 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 def tick_label(value: float) -> str:
     """A short number: 250 k, 1.5 M, 0.05, 2e-5."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):g} {unit}"
+            return f"{value / limit:g} {unit}"
     return f"{value:.4g}".replace("e-0", "e-")
 
 

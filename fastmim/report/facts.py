@@ -60,9 +60,7 @@ def dataset_name(config: Config | None) -> str:
 
 def device_name(run: RunFolder) -> str:
     """The device by the name that it was recorded under."""
-    found = run.environment.get("device")
-    if isinstance(found, dict):
-        found = found.get("name") or ", ".join(str(value) for value in found.values())
+    found = run.environment.get("device_name") or run.environment.get("device")
     return str(found or (run.config.system.device if run.config else None) or "")
 
 
@@ -115,7 +113,8 @@ def unfinished(run: RunFolder) -> str:
 
 def key_facts(run: RunFolder) -> list[tuple[str, str]]:
     """Name and value of what one asks first."""
-    config, facts = run.config, []
+    config = run.config
+    facts: list[tuple[str, str]] = []
     if config:
         parameters = f", {_million(run.parameters)} parameters" if run.parameters else ""
         facts.append(("Network", f"{config.method.model}{parameters}"))
@@ -154,9 +153,8 @@ def waiting_hint(share: float) -> str:
     if share <= 0.05:
         return ""
     return (
-        f"{100 * share:.0f} % of the time went by waiting for images: the device stood idle. It would run faster with "
-        "more --workers, with the images on a local disk, or with the images stored smaller (a little above "
-        "the training resolution is enough)."
+        "The device often stood idle because images came too slowly. It would run faster with more --workers, with the "
+        "images on a local disk, or with the images stored smaller (a little above the training resolution is enough)."
     )
 
 
@@ -166,11 +164,11 @@ def not_finite(run: RunFolder) -> int:
 
 
 def flat(tree: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested JSON as (dotted name, text)."""
+    """Leaves of nested JSON as (names on the way to it, text); what is null is left out."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
+            yield from flat(value, f"{prefix}{name} ")
+        elif value is not None:
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -178,14 +176,15 @@ def rerun_command(config: Config) -> str:
     """The shell command that gives the same run again: the recipe, and every option that differs from it."""
     recipe = config.method.recipe
     base = recipes.load(recipe) if recipe in recipes.names() else Config()
-    words = ["fastmim", "pretrain", *config.data.paths]
-    words += ["--recipe", recipe]
+    lines = [["fastmim", "pretrain"], ["--recipe", recipe]]
     for section, defaults in base.model_dump().items():
         chosen = getattr(config, section).model_dump()
         for name, default in defaults.items():
             if chosen[name] != default and name not in {*PLACE, "recipe", *WORDS.values()}:
-                words += _flag(name, chosen[name])
-    return " ".join(shell_word(word) for word in words)
+                lines.append(_flag(name, chosen[name]))
+    # After "--" a path is a path, even when it looks like an option.
+    lines.append(["--", *config.data.paths])
+    return " \\\n    ".join(" ".join(shell_word(word) for word in line) for line in lines)
 
 
 def shell_word(word: str) -> str:
@@ -204,10 +203,10 @@ def load_snippet(path: Path) -> str:
     folder = json.dumps(f"local-dir:{path.resolve() / 'export' / 'timm'}", ensure_ascii=False)
     return (
         "import timm\n\n"
-        f"folder = {folder}\n"
-        "network = timm.create_model(folder, pretrained=True, num_classes=10)   # a new head, to fine-tune\n"
-        "features = timm.create_model(folder, pretrained=True, num_classes=0)   # one vector per image\n"
-        "stages = timm.create_model(folder, pretrained=True, features_only=True)  # maps, to segment or detect\n"
+        f"folder = {folder}\n\n"
+        "# a new head, to fine-tune\nnetwork = timm.create_model(folder, pretrained=True, num_classes=10)\n\n"
+        "# one vector per image\nfeatures = timm.create_model(folder, pretrained=True, num_classes=0)\n\n"
+        "# maps, to segment or detect\nstages = timm.create_model(folder, pretrained=True, features_only=True)"
     )
 
 
@@ -238,7 +237,11 @@ def _flag(name: str, value: Any) -> list[str]:
         return [f"--{word}" if value else f"--no-{word}"]
     if isinstance(value, dict):
         return [f"--{word}", json.dumps(value)]
-    return [f"--{word}", *(str(part) for part in (value if isinstance(value, tuple) else (value,)))]
+    parts = value if isinstance(value, tuple) else (value,)
+    return [
+        f"--{word}",
+        *(f"{part:.0f}" if isinstance(part, float) and part.is_integer() else str(part) for part in parts),
+    ]
 
 
 def _bytes(letter: str) -> bytes:

@@ -24,7 +24,8 @@ _GROUND = np.array([20, 22, 27], dtype=np.float32)
 _LINE = np.array([226, 230, 238], dtype=np.float32)
 _HIDDEN_LINE = np.array([255, 184, 77], dtype=np.float32)
 _COVER = np.array([122, 124, 130], dtype=np.uint8)
-_DIM = 0.35
+_SEEN_GROUND = np.array([46, 50, 58], dtype=np.float32)
+_DIM = 0.4
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def glyphs(hog: Float[np.ndarray, "C h w"], full: float, line: Float[np.ndarray,
     across = place[None, :] * np.sin(phi) + place[:, None] * np.cos(phi)
     # Clipping a distance to 0..1 pixel is what smooths the strokes' borders.
     stroke = np.clip(strength * side * 0.48 - np.abs(along) + 0.5, 0, 1)
-    stroke *= np.clip(side / 36 + 0.5 - np.abs(across), 0, 1)
+    stroke *= np.clip(side / 24 + 0.5 - np.abs(across), 0, 1)
     ink = (stroke * np.sqrt(strength)).max(axis=0)
     ink = ink.transpose(0, 2, 1, 3).reshape(height * side, width * side, 1)
     return (_GROUND + ink * (line - _GROUND)).round().astype(np.uint8)
@@ -149,7 +150,7 @@ def _draw_pixels(
 
 
 def _dimmed(picture: Picture) -> Picture:
-    return (_GROUND + (picture - _GROUND) * _DIM).round().astype(np.uint8)
+    return (_SEEN_GROUND + (picture - _GROUND) * _DIM).round().astype(np.uint8)
 
 
 def _scaled(mask: Bool[np.ndarray, "g g"], picture: Picture) -> Bool[np.ndarray, "H W 1"]:

@@ -77,7 +77,8 @@ def _report(run: RunFolder) -> dict[str, Any]:
     data = (config or Config()).data
     command = facts.shell_word(str(run.path.resolve()))
     return {
-        "title": _title(run),
+        "title": run.config.method.model if run.config else run.path.resolve().name,
+        "subtitle": f"pre-trained on {facts.dataset_name(run.config)}" if facts.dataset_name(run.config) else "",
         "lead": facts.lead(run),
         "unfinished": facts.unfinished(run),
         "not_finite": facts.not_finite(run),
@@ -99,18 +100,11 @@ def _report(run: RunFolder) -> dict[str, Any]:
         "bad": run.bad,
         "shown_bad": SHOWN_BAD,
         "snippet": facts.load_snippet(run.path) if run.parameters else "",
-        "resume": f"fastmim resume {command}",
+        "resume": f"fastmim resume {command}" if config and not facts.finished(run) else "",
         "command": facts.rerun_command(config) if config else "",
         "environment": list(facts.flat(run.environment)),
         "missing": [(name, USES[name]) for name in run.missing],
     }
-
-
-def _title(run: RunFolder) -> str:
-    if run.config is None:
-        return run.path.resolve().name
-    name = facts.dataset_name(run.config)
-    return f"{run.config.method.model} pre-trained" + (f" on {name}" if name else "")
 
 
 def _tiles(run: RunFolder, found: Sequence[verdict.Comparison]) -> list[tuple[str, str]]:
@@ -124,7 +118,9 @@ def _tiles(run: RunFolder, found: Sequence[verdict.Comparison]) -> list[tuple[st
     if losses:
         rows.append((f"loss on held-out images, from {losses[0]:.3g}", f"{losses[-1]:.3g}"))
     if seconds:
-        rows.append(("of training" + (f", at {speed[0]:,.0f} images a second" if speed else ""), facts.duration(seconds)))
+        rows.append(
+            ("of training" + (f", at {speed[0]:,.0f} images a second" if speed else ""), facts.duration(seconds))
+        )
     return rows
 
 
@@ -139,7 +135,7 @@ def _training_charts(run: RunFolder) -> list[Chart]:
     charts = [
         draw_chart("Loss", "pale: single readings", loss),
         draw_chart("Accuracy on the way, %", "", accuracy),
-        draw_chart("Effective rank", "directions that the features use; near 1 is collapse", [rank]),
+        draw_chart("Effective rank", "near 1 means that the features collapsed", [rank]),
         draw_chart("Learning rate", "", [rate], from_zero=True),
     ]
     return [chart for chart in charts if chart]
@@ -156,7 +152,9 @@ def _speed_charts(run: RunFolder) -> list[Chart]:
 
 
 def _speed_text(speed: tuple[float, float]) -> str:
-    return f"{speed[0]:,.0f} images a second (median); {100 * speed[1]:.1f} % of the time went by waiting for images."
+    return (
+        f"{speed[0]:,.0f} images a second (median), with {100 * speed[1]:.1f} % of the time spent waiting for images."
+    )
 
 
 def _comparison(runs: list[RunFolder]) -> dict[str, Any]:
@@ -168,8 +166,7 @@ def _comparison(runs: list[RunFolder]) -> dict[str, Any]:
     kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
     differing = sorted({name for name, _ in options} & SCALE_OF_LOSS)
     caution = (
-        f"The losses of these runs cannot be compared with each other, because they differ in {', '.join(differing)}; "
-        "the accuracies can."
+        f"The losses of these runs cannot be compared with each other, because they differ in {', '.join(differing)}."
     )
     return {
         "title": " and ".join(names) if len(runs) == 2 else f"{len(runs)} runs compared",
@@ -198,12 +195,13 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _differences(configs: list[Config | None]) -> list[tuple[str, list[str]]]:
-    known = [config.model_dump() if config else {} for config in configs]
+    """Name and values of each option that is not the same in all configs that are known."""
     rows = []
-    for section, schema in Config().model_dump().items():
-        for name in schema:
-            chosen = [tree[section][name] if tree else None for tree in known]
-            if name not in facts.PLACE and any(value != chosen[0] for value in chosen):
+    for section, schema in Config.model_fields.items():
+        for name in type(schema.default).model_fields:
+            chosen = [getattr(getattr(config, section), name) if config else None for config in configs]
+            known = [value for value, config in zip(chosen, configs, strict=True) if config]
+            if name not in facts.PLACE and any(value != known[0] for value in known):
                 rows.append((name, [_option(value) for value in chosen]))
     return rows
 

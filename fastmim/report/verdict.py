@@ -23,6 +23,7 @@ class Row:
 
     @property
     def text(self) -> str:
+        """Mean and spread as they are printed."""
         return f"{self.mean:.1f} \N{PLUS-MINUS SIGN} {self.spread:.1f} %"
 
 
@@ -35,16 +36,22 @@ class Comparison:
     rows: list[Row]
 
     def row(self, weights: str) -> Row | None:
+        """The row of one kind of weights."""
         return next((row for row in self.rows if row.weights == weights), None)
 
     def gain(self, over: str = "untrained") -> float | None:
+        """Points that the pre-trained weights are ahead of the others."""
         trained, other = self.row("trained"), self.row(over)
         return trained.mean - other.mean if trained and other else None
 
     def clear(self, over: str = "untrained") -> bool:
-        """The difference is larger than the two spreads together: not a matter of the subset."""
+        """The rule of the probe's own verdict: a difference above both spreads, of the same sign on every subset."""
         trained, other = self.row("trained"), self.row(over)
-        return bool(trained and other and abs(trained.mean - other.mean) > (trained.spread**2 + other.spread**2) ** 0.5)
+        if not trained or not other:
+            return False
+        differences = [after - before for after, before in zip(trained.points, other.points, strict=True)]
+        one_sided = min(differences) > 0 or max(differences) < 0
+        return one_sided and abs(trained.mean - other.mean) > max(trained.spread, other.spread)
 
 
 def comparisons(probe: Record) -> list[Comparison]:
@@ -53,12 +60,8 @@ def comparisons(probe: Record) -> list[Comparison]:
     for method, summary in probe["summary"].items():
         rows = []
         for weights, (mean, spread) in summary.items():
-            points = [
-                row["accuracy"] for row in probe["rows"] if (row["method"], row["weights"]) == (method, weights)
-            ]
-            rows.append(
-                Row(weights, WEIGHTS.get(weights, weights), mean, spread if is_number(spread) else 0.0, points)
-            )
+            points = [row["accuracy"] for row in probe["rows"] if (row["method"], row["weights"]) == (method, weights)]
+            rows.append(Row(weights, WEIGHTS.get(weights, weights), mean, spread if is_number(spread) else 0.0, points))
         found.append(Comparison(method, METHODS.get(method, method), rows))
     return found
 
@@ -74,7 +77,7 @@ def shortfalls(found: Sequence[Comparison]) -> list[str]:
             sentences.append(f"{one.label}: worse than the untrained network ({gain:+.1f} points).")
         if pixels is not None and pixels < 0:
             sentences.append(
-                f"{one.label}: comparing raw pixels does better ({-pixels:.1f} points ahead of the pre-trained network)."
+                f"{one.label}: raw pixels do better ({-pixels:.1f} points ahead of the pre-trained network)."
             )
     return sentences
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone
-from fastmim.backbones.hiding import HidingBackbone, hide
+from fastmim.backbones.hiding import HidingBackbone
 from fastmim.config import Config
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
@@ -50,9 +50,7 @@ class Pretrain(nn.Module):
 
     def param_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Weights that decay, and norms, biases, mask and position tokens, which do not."""
-        backbone = self.mim.backbone.backbone
-        own = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
-        skip = {f"mim.backbone.backbone.model.{name}" for name in own}
+        skip = {f"mim.backbone.{name}" for name in self.mim.backbone.no_weight_decay()}
         return decay_groups(self.named_parameters(), weight_decay, skip)
 
     @torch.no_grad()
@@ -124,7 +122,7 @@ def build_mim(config: Config, backbone: Backbone) -> MIM:
     decoder = DECODERS[method.decoder](
         stage.channels, stage.stride, target.cell, target.channels, fill=method.hide == "drop", **size
     )
-    hiding: HidingBackbone = hide(backbone, method.hide)
+    hiding = HidingBackbone(backbone, method.hide)
     masking = MASKINGS["random"](method.mask_ratio)
     return MIM(hiding, decoder, target, masking, method.block, config.data.mean, config.data.std, method.loss)
 

@@ -28,7 +28,7 @@ METHODS = ("linear", "knn")
 Progress = Callable[[int], None]
 
 
-def pool(maps: list[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B D"]:
+def pool(maps: list[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D"]:
     """One vector for each image: the mean over the positions of the last map (D is its number of channels)."""
     return maps[-1].mean(dim=(2, 3))
 
@@ -39,6 +39,7 @@ def features(
     device: torch.device,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    *,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
     """The pooled features of every image in float32 on the CPU, and the labels where the loader has them.
@@ -47,7 +48,13 @@ def features(
         network: a Backbone (images to a list of NCHW maps) on ``device``; used in eval mode, then each of its modules
             is put back into the mode that it was in.
         loader: yields ``{"images": UInt8["B 3 S S"]}``, perhaps with ``"labels": Int64["B"]``.
-        mean, std: what is subtracted from each colour (0 to 1), and what it is divided by.
+        device: where the network is.
+        mean: what is subtracted from each colour (0 to 1).
+        std: what each colour is divided by.
+        progress: called after each batch.
+
+    Raises:
+        UserError: the loader has no image.
     """
     shift = torch.tensor(mean, device=device).view(1, -1, 1, 1)
     scale = torch.tensor(std, device=device).view(1, -1, 1, 1)
@@ -86,6 +93,8 @@ def _collect(
             labels.append(batch["labels"].cpu())
         if progress:
             progress(len(batch["images"]))
+    if not vectors:
+        raise UserError("none of the images to measure on can be read")
     return torch.cat(vectors), torch.cat(labels) if labels else None
 
 
@@ -94,6 +103,7 @@ def knn_accuracy(
     train_y: Int64[Tensor, "N"],
     val_x: Float[Tensor, "M D"],
     val_y: Int64[Tensor, "M"],
+    *,
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
@@ -194,11 +204,9 @@ def effective_rank(vectors: Float[Tensor, "N D"]) -> float:
 def nearest_neighbours(
     vectors: Float[Tensor, "N D"], queries: Int64[Tensor, "Q"], k: int
 ) -> tuple[Int64[Tensor, "Q K"], Float[Tensor, "Q K"]]:
-    """The ``k`` nearest images of each query and their cosine after centring, nearest first, without the query itself.
+    """The K = min(k, N - 1) nearest images of each query and their cosine after centring, nearest first.
 
-    Args:
-        vectors: features of all images.
-        queries: which of them to look up; K = min(k, N - 1).
+    ``queries`` are places in ``vectors``; no query is its own neighbour.
     """
     unit = F.normalize(vectors - vectors.mean(0), dim=1)
     similarity = unit[queries] @ unit.T
@@ -232,12 +240,11 @@ def compare(
     subsets: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The ``rows`` and the ``summary`` of probe.json: every entry on the same label subsets.
+    """The ``rows`` and the ``summary`` of probe.json: every entry on the same ``subsets`` label subsets.
 
-    Args:
-        entries: by name ("trained", "untrained", "pixels"): features of the training and the validation images.
-        fraction: share of the training labels in each subset.
-        subsets: how many; the summary holds their mean and standard deviation (of a sample), in percent.
+    ``entries`` are the features of the training and of the validation images by name ("trained", "untrained",
+    "pixels"); each subset has ``fraction`` of the training labels. The summary is in percent: the mean over the subsets
+    and the standard deviation (of a sample).
 
     Raises:
         UserError: fewer than two subsets, or subsets that hold every label: they could show no spread.
@@ -345,32 +352,36 @@ def run_probe(
     """Everything that probe.json holds.
 
     Args:
-        trained, untrained: the same Backbone after and before pre-training (None: only what is there is measured).
+        trained: the Backbone after pre-training; None: only what is there is measured.
+        untrained: the same Backbone before pre-training.
         data: labelled images, already split into a training and a validation part.
         resolution: side in pixels at which the images are seen.
-        mean, std: of the colours (0 to 1), as in pre-training.
-        fraction, subsets, seed: see ``compare``.
+        mean: of each colour (0 to 1), as in pre-training.
+        std: likewise.
+        device: where to compute features; both networks are moved there.
+        fraction: share of the training labels in each subset.
+        subsets: how many subsets, at least 2.
+        seed: of the subsets.
+        batch_size: images per forward pass.
+        workers: loader processes.
         model: the name that the report shows.
-        progress: called with the number of images of each batch; every entry sees all images once.
+        progress: called after each batch; every entry sees all images once.
 
     Raises:
         UserError: see ``compare``.
     """
 
-    def loader(part: str) -> EvalLoader:
-        files, labels = getattr(data, f"{part}_files"), getattr(data, f"{part}_labels")
-        return EvalLoader(files, resolution=resolution, batch_size=batch_size, labels=labels, workers=workers)
-
-    train, val = loader("train"), loader("val")
+    parts = [
+        EvalLoader(files, resolution=resolution, batch_size=batch_size, labels=labels, workers=workers)
+        for files, labels in ((data.train_files, data.train_labels), (data.val_files, data.val_labels))
+    ]
     entries = {}
     for name, network in (("trained", trained), ("untrained", untrained)):
         if network is not None:
             network.to(device)
-            train_x, _ = features(network, train, device, mean, std, progress)
-            val_x, _ = features(network, val, device, mean, std, progress)
+            train_x, val_x = (features(network, part, device, mean, std, progress=progress)[0] for part in parts)
             entries[name] = (train_x, val_x)
-    train_x, train_y = pixel_features(train, progress=progress)
-    val_x, val_y = pixel_features(val, progress=progress)
+    (train_x, train_y), (val_x, val_y) = (pixel_features(part, progress=progress) for part in parts)
     entries["pixels"] = (train_x, val_x)
     assert train_y is not None and val_y is not None
     comparison = compare(entries, train_y, val_y, fraction=fraction, subsets=subsets, seed=seed)

@@ -139,6 +139,8 @@ def _read(folder: Path) -> Checkpoint:
     content = {path.name: path.read_bytes() for path in folder.iterdir()}
     sums = content.pop(_SUMS, b"").decode()
     there = "".join(f"{_sum(data)}  {name}\n" for name, data in sorted(content.items()))
+    if not sums:
+        raise ValueError(f"has no {_SUMS}")
     if sums != there:
         wrong = sorted({line[66:] for line in set(sums.splitlines()) ^ set(there.splitlines())})
         raise ValueError(f"not as it was written (SHA-256 differs): {', '.join(wrong)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmim.config import OptimConfig
 from fastmim.seeding import derive
 from fastmim.train.checkpoint import Checkpoints
-from fastmim.train.distributed import Ranks, any_rank, barrier, parallel
+from fastmim.train.distributed import Ranks, any_rank, barrier, mean_of_ranks, parallel
 from fastmim.train.log import RunLog
 from fastmim.train.optim import adamw, learning_rate
 from fastmim.train.signals import StopRequest
@@ -87,7 +87,13 @@ class Clock:
 
 
 def fit(
-    task: nn.Module, loader: Loader, plan: Plan, checkpoints: Checkpoints, log: RunLog, device: torch.device, ranks: Ranks
+    task: nn.Module,
+    loader: Loader,
+    plan: Plan,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    device: torch.device,
+    ranks: Ranks,
 ) -> str:
     """Trains from the newest whole checkpoint, or from the start, to the last step or to a signal.
 
@@ -105,7 +111,14 @@ def fit(
 
 class _Fit:
     def __init__(
-        self, task: nn.Module, loader: Loader, plan: Plan, checkpoints: Checkpoints, log: RunLog, device: torch.device, ranks: Ranks
+        self,
+        task: nn.Module,
+        loader: Loader,
+        plan: Plan,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.task, self.loader, self.plan, self.device, self.ranks = task, loader, plan, device, ranks
         self.checkpoints, self.log = checkpoints, log
@@ -182,7 +195,7 @@ class _Fit:
     def _read(self, step: int) -> None:
         """Waits for the device, reads the mean loss since the last reading, and tells it."""
         plan = self.plan
-        loss = self.loss_sum.item() / self.loss_steps
+        loss = mean_of_ranks(self.loss_sum).item() / self.loss_steps
         seconds = self.clock.lap()
         done, self.loss_steps = self.loss_steps, 0
         self.loss_sum.zero_()

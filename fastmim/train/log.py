@@ -6,9 +6,9 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -43,13 +43,13 @@ class RunLog:
         self._bar: TaskID | None = None
         self._metrics = folder / "metrics.jsonl"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         if self._live:
             self._progress = Progress(*_COLUMNS, console=self.console, transient=True)
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
         if self._events is not None:
@@ -69,7 +69,7 @@ class RunLog:
         if self._progress is not None:
             self._bar = self._progress.add_task("pre-training", total=steps, completed=step, say="")
 
-    def metrics(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def metrics(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same numbers as events."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

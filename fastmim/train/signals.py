@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -23,7 +22,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread alone, and lets no other install handlers.
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._handle) for number in _SIGNALS}

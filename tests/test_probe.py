@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measures against plain references, and the sentence that they lead to."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from fastmim.data.labelled import labelled
+from fastmim.errors import UserError
+from fastmim.tasks import probe
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blobs(count: int, width: int, classes: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points around one centre a class, far from the origin."""
+    labels = torch.arange(count) % classes
+    centres = random(classes, width, seed=99)
+    return 50 + centres[labels] + spread * random(count, width, seed=seed), labels
+
+
+class Network(nn.Module):
+    """A Backbone with layers that behave differently in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 5, 4, 4), nn.BatchNorm2d(5), nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first = self.norm(self.conv(images))
+        return [first, self.drop(first[:, :, ::2, ::2])]
+
+
+def batches(count: int, size: int, with_labels: bool) -> list[dict[str, Tensor]]:
+    images = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.arange(count)
+    parts = zip(images.split(size), labels.split(size), strict=True)
+    return [{"images": part} | ({"labels": label} if with_labels else {}) for part, label in parts]
+
+
+def test_features_equal_a_plain_loop_and_leave_the_network_as_it_was() -> None:
+    network = Network().train()
+    network.norm.eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    loader, seen = batches(10, 4, with_labels=True), list[int]()
+    vectors, labels = probe.features(network, loader, torch.device("cpu"), MEAN, STD, progress=seen.append)
+
+    assert (network.training, network.norm.training, network.drop.training) == (True, False, True)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert labels is not None and labels.tolist() == list(range(10))
+    assert seen == [4, 4, 2]
+    assert vectors.shape == (10, 5) and vectors.dtype == torch.float32 and not vectors.requires_grad
+    network.eval()
+    image = loader[1]["images"][2]
+    colours = [(image[c] / 255 - MEAN[c]) / STD[c] for c in range(3)]
+    expected = network(torch.stack(colours)[None])[-1][0].flatten(1).mean(1)
+    torch.testing.assert_close(vectors[6], expected)
+
+
+def test_features_without_labels_and_without_images() -> None:
+    device = torch.device("cpu")
+    assert probe.features(Network(), batches(3, 2, with_labels=False), device, MEAN, STD)[1] is None
+    with pytest.raises(UserError, match="none of the images"):
+        probe.features(Network(), [], device, MEAN, STD)
+
+
+def test_pixel_features_are_means_of_squares() -> None:
+    loader = batches(5, 2, with_labels=True)
+    vectors, labels = probe.pixel_features(loader, side=4)
+    assert vectors.shape == (5, 48) and labels is not None and labels.tolist() == [0, 1, 2, 3, 4]
+    square = loader[1]["images"][1][2, 4:8, 8:12].float() / 255
+    torch.testing.assert_close(vectors[3].view(3, 4, 4)[2, 1, 2], square.mean())
+
+
+def slow_knn(train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor, k: int, temperature: float) -> float:
+    centre, right = train_x.mean(0), 0
+    for x, y in zip(val_x, val_y, strict=True):
+        cosines = [float(F.cosine_similarity(x - centre, t - centre, dim=0)) for t in train_x]
+        votes: dict[int, float] = defaultdict(float)
+        for index in sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]:
+            votes[int(train_y[index])] += math.exp(cosines[index] / temperature)
+        right += max(votes, key=lambda label: votes[label]) == int(y)
+    return 100 * right / len(val_y)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 1.0), (1000, 0.07)])
+def test_knn_equals_a_plain_loop(k: int, temperature: float) -> None:
+    train_x, train_y = blobs(60, 8, 4, 1.5)
+    val_x, val_y = blobs(40, 8, 4, 1.5, seed=1)
+    expected = slow_knn(train_x, train_y, val_x, val_y, k, temperature)
+    assert 25 < expected < 100
+    assert probe.knn_accuracy(train_x, train_y, val_x, val_y, k=k, temperature=temperature) == expected
+
+
+def test_knn_counts_every_image_beyond_one_chunk() -> None:
+    train_x, train_y = blobs(60, 8, 4, 0.1)
+    val_x, val_y = blobs(2100, 8, 4, 0.1, seed=1)
+    val_y[2000:] = 3 - val_y[2000:]  # wrong labels, in the last chunk: 0, 1, 2, 3 became 3, 2, 1, 0
+    assert probe.knn_accuracy(train_x, train_y, val_x, val_y) == pytest.approx(100 * 2000 / 2100)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.01])
+def test_linear_reaches_the_minimum_that_gradient_descent_reaches(strength: float) -> None:
+    x, y = blobs(60, 5, 3, 1.0)
+    x = (x - x.mean(0)) / x.std(0)
+    weight = torch.zeros(5, 3, dtype=torch.float64)
+    bias = torch.zeros(3, dtype=torch.float64)
+    target = F.one_hot(y, 3).double()
+    for _ in range(3000):  # by the textbook's gradient, not by autograd
+        error = ((x.double() @ weight + bias).softmax(1) - target) / len(y)
+        weight -= 0.5 * (x.double().T @ error + strength * weight)
+        bias -= 0.5 * error.sum(0)
+    found = probe.fit_linear(x, y, 3, strength)
+    torch.testing.assert_close(found[0].double(), weight, atol=2e-3, rtol=0)
+    expected = float(probe.linear_objective(x.double(), y, weight, bias, strength))
+    assert float(probe.linear_objective(x, y, *found, strength)) == pytest.approx(expected, rel=1e-5)
+    plain = -(x.double() @ weight + bias).log_softmax(1)[range(60), y].mean() + strength / 2 * (weight**2).sum()
+    assert expected == pytest.approx(float(plain))
+
+
+def test_linear_is_the_same_every_time_and_under_no_grad() -> None:
+    train, val = blobs(200, 16, 4, 2.0), blobs(100, 16, 4, 2.0, seed=1)
+    with torch.no_grad():
+        first = probe.linear_accuracy(*train, *val)
+    assert 50 < first < 100
+    assert probe.linear_accuracy(*train, *val) == first
+
+
+def test_linear_ignores_scale_and_features_that_never_change() -> None:
+    (train_x, train_y), (val_x, val_y) = blobs(80, 6, 4, 0.2), blobs(60, 6, 4, 0.2, seed=1)
+    scale = torch.tensor([1e-3, 1e3, 1.0, 1.0, 10.0, 0.0])
+    assert probe.linear_accuracy(train_x * scale, train_y, val_x * scale + 0 * val_x, val_y) > 95
+
+
+def test_linear_chooses_a_strength_that_suits_the_data() -> None:
+    """More features than images, nearly all of them noise: the weakest strength fits the noise."""
+    train_x, train_y = random(150, 300), torch.arange(150) % 2
+    val_x, val_y = random(1000, 300, seed=1), torch.arange(1000) % 2
+    for x, y in ((train_x, train_y), (val_x, val_y)):
+        x[:, :30] += 0.35 * (2 * y - 1)[:, None]
+    weight, bias = probe.fit_linear(train_x, train_y, 2, min(probe.STRENGTHS))
+    weakest = 100 * float(((val_x @ weight + bias).argmax(1) == val_y).float().mean())
+    assert probe.linear_accuracy(train_x, train_y, val_x, val_y) > weakest + 1
+
+
+def test_linear_takes_nothing_from_the_validation_part() -> None:
+    train, (val_x, val_y) = blobs(100, 8, 4, 2.0), blobs(80, 8, 4, 2.0, seed=1)
+    whole = probe.linear_accuracy(*train, val_x, val_y)
+    halves = [probe.linear_accuracy(*train, val_x[part], val_y[part]) for part in (slice(0, 8), slice(8, 80))]
+    assert whole == pytest.approx((8 * halves[0] + 72 * halves[1]) / 80)
+
+
+def test_effective_rank_of_known_matrices() -> None:
+    rotation = torch.linalg.qr(random(40, 7)).Q
+    assert probe.effective_rank(rotation) == pytest.approx(7)
+    assert probe.effective_rank(1e-3 * rotation) == pytest.approx(7)
+    assert probe.effective_rank(random(40, 1) @ random(1, 7)) == pytest.approx(1, abs=1e-3)
+    assert probe.effective_rank(torch.zeros(5, 3)) == 1
+    shares = (0.6, 0.3, 0.1)
+    expected = math.prod(share**-share for share in shares)
+    assert probe.effective_rank(rotation[:, :3] * torch.tensor(shares)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nearest_neighbours() -> None:
+    angles = torch.tensor([0.0, 10.0, 40.0, 180.0, 190.0, 220.0]).deg2rad()
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, 4).repeat(2)[:, None]
+    assert vectors.mean(0).abs().max() < 1e-6
+    indices, similarity = probe.nearest_neighbours(vectors + 100, torch.tensor([0, 4]), 2)
+    assert indices.tolist() == [[1, 2], [3, 5]]
+    expected = torch.tensor([[10.0, 40.0], [10.0, 30.0]]).deg2rad().cos()
+    torch.testing.assert_close(similarity, expected, atol=1e-3, rtol=0)
+    everything, _ = probe.nearest_neighbours(vectors, torch.tensor([0]), 99)
+    assert sorted(everything[0].tolist()) == [1, 2, 3, 4, 5]
+
+
+def test_label_subsets_are_stratified_and_a_pure_function() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 10 + [4])[torch.randperm(51, generator=torch.Generator().manual_seed(0))]
+    subsets = probe.label_subsets(labels, 0.25, 3, seed=5)
+    for subset in subsets:
+        assert labels[subset].bincount().tolist() == [10, 2, 0, 0, 1]
+        assert subset.tolist() == sorted(set(subset.tolist()))
+    assert len({tuple(subset.tolist()) for subset in subsets}) == 3
+    torch.manual_seed(1)
+    again = probe.label_subsets(labels, 0.25, 2, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(subsets[:2], again, strict=True))
+    assert not torch.equal(subsets[0], probe.label_subsets(labels, 0.25, 1, seed=6)[0])
+
+
+def test_compare_measures_every_entry_on_the_same_subsets() -> None:
+    (train_x, train_y), (val_x, val_y) = blobs(80, 6, 4, 1.5), blobs(60, 6, 4, 1.5, seed=1)
+    entries = {"trained": (train_x, val_x), "untrained": (random(80, 6), random(60, 6)), "pixels": (train_x, val_x)}
+    result = probe.compare(entries, train_y, val_y, fraction=0.5, subsets=3, seed=0)
+    rows = {(row["weights"], row["method"], row["subset"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 3 * 2 * 3
+    assert {row["labels"] for row in rows.values()} == {40}
+    subset = probe.label_subsets(train_y, 0.5, 3, 0)[2]
+    expected = probe.knn_accuracy(train_x[subset], train_y[subset], val_x, val_y)
+    assert rows["trained", "knn", 2]["accuracy"] == expected
+    for method in ("knn", "linear"):
+        for name in entries:
+            scores = [rows[name, method, number]["accuracy"] for number in range(3)]
+            assert result["summary"][method][name] == [statistics.mean(scores), statistics.stdev(scores)]
+        assert result["summary"][method]["trained"] == result["summary"][method]["pixels"]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "subsets", "message"), [(1.0, 3, "fraction"), (0.0, 3, "fraction"), (0.5, 1, "2")]
+)
+def test_compare_refuses_what_could_show_no_spread(fraction: float, subsets: int, message: str) -> None:
+    x, y = blobs(8, 2, 2, 1.0)
+    with pytest.raises(UserError, match=message):
+        probe.compare({"trained": (x, x)}, y, y, fraction=fraction, subsets=subsets, seed=0)
+
+
+Scores = dict[str, list[float]]
+
+
+def comparison(linear: Scores, knn: Scores) -> dict[str, Any]:
+    rows, summary = [], {}
+    for method, scores in (("linear", linear), ("knn", knn)):
+        for name, values in scores.items():
+            rows += [
+                {"weights": name, "method": method, "subset": number, "labels": 100, "accuracy": value}
+                for number, value in enumerate(values)
+            ]
+        summary[method] = {name: [statistics.mean(v), statistics.stdev(v)] for name, v in scores.items()}
+    return {"rows": rows, "summary": summary}
+
+
+BETTER = {"trained": [75.0, 75.8, 76.6], "untrained": [49.4, 49.6, 49.8]}
+UNCLEAR = {"trained": [20.0, 20.5, 21.0], "untrained": [20.8, 20.8, 20.8]}
+# Ahead on the mean by more than the spread, but behind on one subset.
+AHEAD_NOT_ALWAYS = {"trained": [51.0, 52.0, 50.0], "untrained": [50.0, 49.0, 50.1]}
+# Ahead on every subset, but by less than the spread.
+AHEAD_BY_LITTLE = {"trained": [50.1, 55.1, 45.1], "untrained": [50.0, 55.0, 45.0]}
+WORSE = {"trained": BETTER["untrained"], "untrained": BETTER["trained"]}
+
+
+@pytest.mark.parametrize(
+    ("linear", "knn", "expected"),
+    [
+        (
+            BETTER,
+            UNCLEAR,
+            "Pre-training helped: linear accuracy 75.8 % against 49.6 % untrained (+26.2 points, spread 0.8); "
+            "kNN did not improve (20.5 % against 20.8 %).",
+        ),
+        (
+            BETTER,
+            BETTER,
+            "Pre-training helped: linear accuracy 75.8 % against 49.6 % untrained (+26.2 points, spread 0.8) and "
+            "kNN 75.8 % against 49.6 % untrained (+26.2 points, spread 0.8).",
+        ),
+        (
+            AHEAD_NOT_ALWAYS,
+            AHEAD_BY_LITTLE,
+            "Pre-training made no clear difference: linear accuracy 51.0 % against 49.7 % untrained "
+            "(+1.3 points, spread 1.0) and kNN 50.1 % against 50.0 % untrained (+0.1 points, spread 5.0).",
+        ),
+        (
+            WORSE,
+            UNCLEAR,
+            "Pre-training hurt: linear accuracy 49.6 % against 75.8 % untrained (-26.2 points, spread 0.8); "
+            "kNN made no clear difference (20.5 % against 20.8 %).",
+        ),
+        (
+            WORSE,
+            BETTER,
+            "Pre-training helped and hurt: better kNN 75.8 % against 49.6 % untrained (+26.2 points, spread 0.8), "
+            "but worse linear accuracy 49.6 % against 75.8 % untrained (-26.2 points, spread 0.8).",
+        ),
+        (
+            BETTER | {"pixels": [77.0, 78.0, 79.0]},
+            UNCLEAR,
+            "Pre-training helped: linear accuracy 75.8 % against 49.6 % untrained (+26.2 points, spread 0.8); "
+            "kNN did not improve (20.5 % against 20.8 %); raw pixels do better still (78.0 %).",
+        ),
+        (
+            {"untrained": [1.0, 2.0]},
+            {"untrained": [1.0, 2.0]},
+            "No pre-trained network was given, so there is nothing to say about pre-training.",
+        ),
+    ],
+)
+def test_verdict(linear: Scores, knn: Scores, expected: str) -> None:
+    assert probe.verdict(comparison(linear, knn)) == expected
+
+
+class Colours(nn.Module):
+    """A network that has learnt what matters here (the mean colour), or one that sees a single corner."""
+
+    def __init__(self, learnt: bool) -> None:
+        super().__init__()
+        self.learnt = learnt
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images if self.learnt else images[:, :, :1, :1]]
+
+
+@pytest.fixture(scope="module")
+def shelves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise with a slight tint for each of two classes; one file cannot be read."""
+    root = tmp_path_factory.mktemp("shelves")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "red")):
+        (root / name).mkdir()
+        for index in range(40):
+            pixels = rng.integers(0, 200, (24, 24, 3))
+            pixels[:, :, 2 - 2 * label] += 30
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
+    (root / "red" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return root
+
+
+def test_run_probe_on_a_folder(shelves: Path) -> None:
+    data, seen = labelled(str(shelves)), list[int]()
+    result = probe.run_probe(
+        Colours(True),
+        Colours(False),
+        data,
+        resolution=16,
+        mean=MEAN,
+        std=STD,
+        device=torch.device("cpu"),
+        batch_size=32,
+        model="colours",
+        progress=seen.append,
+    )
+    assert json.loads(json.dumps(result)) == result
+    keys = ["data", "model", "classes", "train", "val", "resolution", "rows", "summary", "verdict"]
+    assert list(result) == keys
+    assert (result["data"], result["model"], result["classes"]) == (str(shelves), "colours", 2)
+    assert result["train"] + result["val"] == 80, "the broken file is not counted"
+    assert sum(seen) == 3 * 80
+    assert {row["weights"] for row in result["rows"]} == {"trained", "untrained", "pixels"}
+    linear = result["summary"]["linear"]
+    assert linear["trained"][0] > 95 > 80 > linear["untrained"][0]
+    assert result["verdict"].startswith("Pre-training helped: linear accuracy ")
+
+
+def test_run_probe_without_a_trained_network(shelves: Path) -> None:
+    result = probe.run_probe(
+        None,
+        Colours(True),
+        labelled(str(shelves)),
+        resolution=16,
+        mean=MEAN,
+        std=STD,
+        device=torch.device("cpu"),
+    )
+    assert result["summary"]["knn"].keys() == {"untrained", "pixels"}
+    assert result["verdict"].startswith("No pre-trained network")
