@@ -54,7 +54,10 @@ def demo(words: dict[str, Any]) -> int:
     options = build(Demo, words, "demo")
     from fastmim.demo.run import demo as run_demo
 
-    print(f"report: {run_demo(options.out, options.online)}")
+    path = run_demo(options.out, options.online)
+    if path.is_dir():  # a run that was stopped has no report yet
+        return finished(path)
+    print(f"report:  {path}")
     return OK
 
 
@@ -135,7 +138,7 @@ def models(words: dict[str, Any]) -> int:
     if options.pattern is None:
         width = max(map(len, families))
         for family, names in families.items():
-            examples = sorted(names, key=lambda name: (len(name), name))[:3]
+            examples = sorted(names, key=lambda name: (name.startswith("test_"), len(name), name))[:3]
             print_styled("bold", f"{family:{width}}", f"{len(names):5}  {', '.join(examples)}")
         print(f"\n{sum(map(len, families.values()))} models; fastmim models PATTERN tells more, such as: resnet50")
         return OK
@@ -189,7 +192,9 @@ def finished(path: Path) -> int:
     if json.loads((path / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted":
         print(f"fastmim: interrupted; to continue: fastmim resume {path}", file=sys.stderr)
         return INTERRUPTED
-    print(f"run:    {path}\nreport: fastmim report {path}\nprobe:  fastmim probe {path} LABELLED_IMAGES")
+    print(f"report:  {path / 'report.html'}")
+    print(f"weights: {path / 'export' / 'timm'}")
+    print(f"probe:   fastmim probe {path} LABELLED_IMAGES")
     return OK
 
 

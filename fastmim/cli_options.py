@@ -41,13 +41,13 @@ _KEY = re.compile(r"[A-Za-z][\w-]*")
 class Demo(Section):
     """See it all work, in a few minutes on a CPU.
 
-    Trains, probes and reports on a small set of images, so that no data of your own are needed.
+    Trains, probes and reports on a small set of photos that ships with the package.
     """
 
     out: str | None = None
-    """The folder to write to; runs/demo when not given."""
+    """The run folder; the next free one below runs/ when not given."""
     online: bool = False
-    """Download a small public set of photographs, rather than draw the images."""
+    """Fetch Imagenette (94 MB) instead of using the photos that ship with the package."""
 
 
 class Pretrain(Config):
@@ -267,7 +267,7 @@ class _Loader(yaml.SafeLoader):
     Anchors and aliases are refused (a small file can stand for a huge one), and so is a key that stands twice.
     """
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             raise yaml.MarkedYAMLError(problem="anchors and aliases are not read", problem_mark=event.start_mark)
@@ -340,7 +340,7 @@ def parse_yaml(text: str, where: str) -> Any:
         UserError: ``text`` does not parse; ``where`` and the line stand in the message.
     """
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{where}{line}: {error.problem}") from None

@@ -67,26 +67,11 @@ def export_timm(
         torch.default_generator.manual_seed(0)
         model: TimmModel = timm.create_model(architecture, pretrained=False, num_classes=0, **args).eval()
     initial = _fill(model, weights, resolution)
-    stock = model.pretrained_cfg
-    config = {
-        "architecture": stock["architecture"],
-        "num_classes": 0,
-        "num_features": model.num_features,
-        "model_args": args,
-        "pretrained_cfg": {
-            "input_size": [3, resolution, resolution],
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": 0,
-            "pool_size": None,
-            **{key: stock[key] for key in _KEPT},
-        },
-    }
-    readme = _timm_readme(stock["architecture"], folder, card, initial)
+    name = model.pretrained_cfg["architecture"]
     files: dict[str, bytes | str] = {
         _WEIGHTS: _packed(model.state_dict()),
-        _CONFIG: json.dumps(config, indent=2),
-        _README: readme,
+        _CONFIG: json.dumps(_config(model, args, resolution, mean, std), indent=2),
+        _README: _timm_readme(name, folder, card, initial),
     }
     return _replace(folder, files)
 
@@ -114,6 +99,26 @@ def verify(
     loaded = build(f"local-dir:{folder}", images.shape[-1]).eval().to(images.device)
     with torch.no_grad():
         return float((loaded(images)[-1] - backbone_forward(images)[-1]).abs().max())
+
+
+def _config(
+    model: TimmModel, args: dict[str, Any], resolution: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
+    stock = model.pretrained_cfg
+    return {
+        "architecture": stock["architecture"],
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [3, resolution, resolution],
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "pool_size": None,
+            **{key: stock[key] for key in _KEPT},
+        },
+    }
 
 
 def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int) -> list[str]:

@@ -215,7 +215,7 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
         train, resolution=side, crop_scale=config.data.crop_scale, flip=config.data.flip, seed=config.optim.seed,
         global_batch=config.optim.global_batch, micro_batch=config.optim.micro_batch, rank=here.rank,
         world_size=here.world, workers=workers, pin_memory=device.type == "cuda", max_bad=config.data.max_bad,
-        bad_log=folder / "bad_images.csv",
+        bad_log=folder / "bad_images.csv" if here.first else None,
     )  # fmt: skip
     steps = _steps(config, len(train))
     course = Plan(

@@ -117,14 +117,19 @@ def hog(image: UInt8[np.ndarray, "3 S S"], cell: int = 8, bins: int = 9) -> Floa
     return table.reshape(colours * bins, side // cell, side // cell).astype(np.float32)
 
 
-def pixels(image: UInt8[np.ndarray, "3 S S"], cell: int, normalise: bool) -> Float[np.ndarray, "C h w"]:
-    """Standardised pixels by a plain loop: channel = colour * cell * cell + row * cell + column."""
-    levels = (image / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
-    grid = image.shape[-1] // cell
+def cells_of(levels: Float[np.ndarray, "3 S S"], cell: int) -> Float[np.ndarray, "C h w"]:
+    """Pixels of each cell by a plain loop: channel = colour * cell * cell + row * cell + column."""
+    grid = levels.shape[-1] // cell
     table = np.zeros((3 * cell * cell, grid, grid), np.float32)
     for y in range(grid):
         for x in range(grid):
             table[:, y, x] = levels[:, y * cell : (y + 1) * cell, x * cell : (x + 1) * cell].reshape(-1)
+    return table
+
+
+def pixels(image: UInt8[np.ndarray, "3 S S"], cell: int, normalise: bool) -> Float[np.ndarray, "C h w"]:
+    """The targets "pixels" and "pixels_norm"."""
+    table = cells_of((image / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1)), cell)
     return (table - table.mean(axis=0)) / table.std(axis=0).clip(1e-3) if normalise else table
 
 
@@ -213,7 +218,7 @@ def _write_small_files(out: Path, steps: int, bad: Sequence[tuple[str, str]]) ->
     contents = {
         "environment.json": {
             "fastmim": "0.1.0", "python": "3.12.1", "torch": "2.15.0", "torchvision": "0.30.0", "timm": "1.0.31",
-            "platform": "Linux-6.1.0-x86_64", "device": "cuda:0", "device_name": "NVIDIA H200", "threads": 16, "git": None,
+            "platform": "Linux", "device": "cuda:0", "device_name": "NVIDIA H200", "threads": 16, "git": None,
             "command": "fastmim pretrain photos/signs-96 --model vit_tiny_patch16_224 --epochs 40",
         },
         "data.json": {

@@ -4,6 +4,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from fastmim.backbones.adapter import Stage, TimmBackbone, build
+from fastmim.backbones.adapter import Stage, TimmBackbone, build, plan
 from fastmim.backbones.catalog import describe, families
 from fastmim.backbones.hiding import HidingBackbone
 from fastmim.errors import UserError
@@ -70,8 +72,10 @@ CASES = [
     Case("xcit_nano_12_p8_224", 128, 8),
 ]
 # What a network may lose to pruning: its last norm, its head, and what only a class token passes through.
-HEAD = r"(norm|fc_norm|head|bn2|conv_head|in_conv|final_conv|aggregate|cls_token|blocks_token_only|cls_attn_blocks)"
-HEAD_OF = {"hrnet_w18_small": r"(downsamp_modules|final_layer)", "mambaout": r"head"}
+HEAD = (
+    r"(norm|fc_norm|head|bn2|conv_head|final_conv|aggregate|cls_token|blocks_token_only|cls_attn_blocks"
+    r"|downsamp_modules|final_layer)"
+)
 
 VIT, EVA, SWIN = "test_vit", "vit_tiny_patch16_dinov3_qkvb", "swin_tiny_patch4_window7_224"
 
@@ -89,8 +93,8 @@ def test_a_network_becomes_a_backbone(case: Case) -> None:
 
     hiding = HidingBackbone(backbone)
     images = torch.randn(2, 3, case.resolution, case.resolution)
-    mask = torch.eye(case.resolution // 16 or 1, dtype=torch.bool) if case.resolution % 16 == 0 else torch.eye(3) > 0
-    (one,) = hiding(images, mask.expand(2, -1, -1))
+    blocks = 4 if case.resolution % 4 == 0 else 3
+    (one,) = hiding(images, torch.eye(blocks, dtype=torch.bool).expand(2, -1, -1))
     side = case.resolution // case.stride
     assert one.shape == (2, case.channels, side, side)
 
@@ -99,7 +103,7 @@ def test_a_network_becomes_a_backbone(case: Case) -> None:
 
     stock = timm.create_model(backbone.architecture, num_classes=0, **json.loads(json.dumps(backbone.create_args)))
     loaded = stock.load_state_dict(backbone.weights(), strict=False)
-    head = re.compile(rf"^{HEAD_OF.get(case.model, HEAD)}(\.|$)")
+    head = re.compile(rf"^{HEAD}(\.|$)")
     assert loaded.unexpected_keys == []
     assert [key for key in loaded.missing_keys if not head.match(key)] == []
     assert {f"model.{key}" for key in backbone.weights()} == set(backbone.state_dict())
@@ -125,7 +129,7 @@ def test_weights_that_no_map_depends_on_are_frozen_and_kept() -> None:
     backbone = build("hrnet_w18_small", 64)
     frozen = {name for name, weight in backbone.named_parameters() if not weight.requires_grad}
     assert frozen
-    assert all(name.startswith("model.stage4") for name in frozen)
+    assert all(name.startswith(("model.stage4", "model.incre_modules")) for name in frozen)
     assert all(weight.requires_grad for weight in build("test_resnet", 64).parameters())
 
 
@@ -140,16 +144,9 @@ def test_weights_that_no_map_depends_on_are_frozen_and_kept() -> None:
 )
 def test_windows_follow_the_resolution(model: str, resolution: int, window: int) -> None:
     with torch.device("meta"):
-        args = build_args(model, resolution)
-        net = timm.create_model(model, num_classes=0, **args)
+        net = timm.create_model(model, num_classes=0, **plan(model, resolution, {}).create_args)
     stages = net.layers if hasattr(net, "layers") else net.stages
     assert {block.window_size for stage in stages for block in stage.blocks} == {(window, window)}
-
-
-def build_args(model: str, resolution: int) -> dict[str, object]:
-    from fastmim.backbones.adapter import plan
-
-    return plan(model, resolution, {}).create_args
 
 
 def test_model_args_reach_the_network() -> None:
@@ -184,7 +181,7 @@ def test_local_dir_round_trip(tmp_path: Path) -> None:
     first = build(VIT, 64, model_args={"depth": 2}).eval()
     stock = timm.create_model(first.architecture, num_classes=0, **first.create_args)
     stock.load_state_dict(first.weights(), strict=False)
-    save_for_hf(stock, tmp_path, model_args=first.create_args)
+    save_for_hf(stock, tmp_path, model_args=first.create_args, safe_serialization=True)
 
     again = build(f"local-dir:{tmp_path}", 64).eval()
     images = torch.randn(1, 3, 64, 64)
@@ -242,10 +239,10 @@ def test_what_is_put_in_place_learns_and_never_decays(how: str) -> None:
     assert not any("mask_token" in key or "colour" in key for key in hiding.weights())
 
 
-DROPPING = [VIT, EVA, "vit_small_patch16_rope_mixed_224", "deit_tiny_distilled_patch16_224", "beitv2_base_patch16_224"]
+DROPPING = [VIT, EVA, "vit_small_patch16_rope_mixed_224", "deit_tiny_distilled_patch16_224"]
 
 
-@pytest.mark.parametrize("model", DROPPING[:4])
+@pytest.mark.parametrize("model", DROPPING)
 def test_dropping_equals_attention_that_cannot_see_the_hidden(model: str) -> None:
     hiding = HidingBackbone(build(model, 64, indices=[1, -1]), "drop").eval()
     net = hiding.backbone.model
@@ -276,7 +273,7 @@ def test_dropped_patches_are_not_encoded(model: str) -> None:
 
 @pytest.mark.parametrize("how", ["tokens", "drop"])
 def test_hiding_leaves_nothing_behind(how: str) -> None:
-    hiding = HidingBackbone(build(VIT, 64), how).eval()
+    hiding = HidingBackbone(build(VIT, 64, model_args={"dynamic_img_size": False}), how).eval()
     images, mask = torch.randn(2, 3, 64, 64), hidden_half(2, 4)
     plain = hiding(images)
     hiding(images, mask)
@@ -285,14 +282,27 @@ def test_hiding_leaves_nothing_behind(how: str) -> None:
     torch.testing.assert_close(hiding(images), plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", ["pixels", "tokens", "drop"])
-def test_compiled_equals_eager(how: str) -> None:
-    hiding = HidingBackbone(build(VIT, 64, model_args={"depth": 2}), how).eval()
-    compiled = torch.compile(hiding, backend="eager")
-    for _ in range(2):
-        images, mask = torch.randn(2, 3, 64, 64), hidden_half(2, 4)
-        torch.testing.assert_close(compiled(images, mask, 8), hiding(images, mask, 8), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled(images), hiding(images), rtol=1e-4, atol=1e-5)
+COMPILE = """
+import torch
+from fastmim.backbones.adapter import build
+from fastmim.backbones.hiding import HidingBackbone
+
+mask = torch.eye(4, dtype=torch.bool).expand(2, -1, -1)
+for model in ("test_vit", "test_convnext"):
+    backbone = build(model, 64)
+    for how in backbone.hides:
+        hiding = HidingBackbone(build(model, 64), how)
+        compiled = torch.compile(hiding, backend="eager", fullgraph=True)
+        for images in torch.randn(2, 2, 3, 64, 64):
+            torch.testing.assert_close(compiled(images, mask, 4), hiding(images, mask, 4), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(images), hiding(images), rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_compiled_as_one_graph_equals_eager() -> None:
+    # In a process of its own: the type checks of the test run cannot be compiled.
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(("block", "patch"), [(32, 16), (16, 4)])

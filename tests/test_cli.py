@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tyro.conf import Positional
 
 import fastmim
-from fastmim.cli import COMMANDS, main
+from fastmim.cli import COMMANDS, finished, main
 from fastmim.cli_options import leaves
 from fastmim.config import Config, SystemConfig, option_words
 
@@ -301,3 +302,65 @@ def test_doctor_says_what_is_broken_and_how_to_mend_it(tmp_path: Path) -> None:
     assert lines[lines.index("note [fast] missing: no-such-package") + 1] == '-> pip install "fastmim[fast]"'
     assert "ok [fine] pillow" in lines
     assert lines[-1].startswith("training is not possible here")
+
+
+def test_doctor_finds_this_machine_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"ok torch {torch.__version__}" in lines
+    assert any(line.startswith("ok bf16 works on") for line in lines)
+    assert any(line.startswith("ok images JPEG, PNG and WebP") for line in lines)
+    assert lines[-1] == "ready to train"
+
+
+# ---- Commands that need torch
+
+
+def test_models_lists_families_then_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("swin_transformer ")).split()[1].isdigit()
+    assert main(["models", "vit_tiny_patch16", "--limit", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["vit_tiny_patch16_224", "5.5"]
+    assert lines[1].split()[3:] == ["pixels", "tokens", "drop", "192/16"]
+    assert lines[-1].startswith("1 of ")
+    assert main(["models", "resnet1[48]*"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["resnet14t", "resnet18"]
+    assert refusal(capsys, "models", "resnt18").startswith("fastmim: no model matches 'resnt18'; nearest: resnet18")
+
+
+def test_dry_run_says_what_would_happen_and_leaves_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", str(photos), "model=test_vit", "resolution=64", "--dry-run"]) == 0
+    fields = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert fields["network"] == "test_vit"
+    assert fields["images"] == "39" and fields["held"].split() == ["out", "1"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_model_is_one_line(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nearest: resnet18" in refusal(capsys, "pretrain", str(photos), "--model", "resnt18", "--dry-run")
+
+
+def test_run_from_start_to_export(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run through the commands, with words of every spelling."""
+    run, out = tmp_path / "run", tmp_path / "exported"
+    words = [f"data={photos}", "--model=test_vit", "resolution=32", "--epochs", "1", "global-batch=16", "--workers=0"]
+    assert main(["pretrain", *words, "--no-tensorboard", f"out={run}"]) == 0
+    assert f"fastmim probe {run} LABELLED_IMAGES" in capsys.readouterr().out
+    assert "mask_ratio" in refusal(capsys, "resume", str(run), "mask_ratio=0.5")
+    assert main(["resume", str(run), "epochs=2", "--workers", "0"]) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["epochs"] == 2
+    assert main(["report", str(run)]) == 0
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert f"local-dir:{out}" in capsys.readouterr().out
+    assert {"config.json", "model.safetensors"} <= {file.name for file in out.iterdir()}
+
+
+def test_interrupted_run_says_how_to_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "status.json").write_text('{"state": "interrupted"}')
+    assert finished(tmp_path) == 130
+    assert capsys.readouterr().err == f"fastmim: interrupted; to continue: fastmim resume {tmp_path}\n"

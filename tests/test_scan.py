@@ -109,10 +109,11 @@ def test_any_bytes_are_a_name(tmp_path: Path) -> None:
 
 
 def test_twenty_thousand_files_take_less_than_a_second(tmp_path: Path) -> None:
+    seed = touch(tmp_path, ".seed.jpg") / ".seed.jpg"
     for folder in range(20):
         (tmp_path / str(folder)).mkdir()
         for file in range(1000):
-            os.close(os.open(tmp_path / str(folder) / f"{file}.jpg", os.O_CREAT | os.O_WRONLY))
+            os.link(seed, f"{tmp_path}/{folder}/{file}.jpg")
     start = time.process_time()
     assert len(scan([str(tmp_path)]).files) == 20_000
     assert time.process_time() - start < 1

@@ -40,7 +40,7 @@ class Backbone(Protocol):
 
     stages: tuple[Stage, ...]
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B C h w"]]:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
         """One dense map for each of ``stages``, shallow to deep; ``h = H / stride``."""
         ...
 
@@ -112,7 +112,7 @@ class TimmBackbone(nn.Module):
         images: Float[Tensor, "B 3 H W"],
         mask: Bool[Tensor, "B h w"] | None = None,
         hidden: int | None = None,
-    ) -> list[Float[Tensor, "B C h w"]]:
+    ) -> list[Float[Tensor, "B _C _h _w"]]:
         """Dense maps, one for each of ``stages``.
 
         Args:
@@ -143,13 +143,13 @@ class TimmBackbone(nn.Module):
         exempt = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
         return exempt | ({"mask_token"} if self.mask_token is not None else set())
 
-    def _dense(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B C h w"]]:
+    def _dense(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
         maps = _intermediates(self.model, images, self._indices, self._norm)
         return [_resize(one, images.shape[-1] // stage.stride) for one, stage in zip(maps, self.stages, strict=True)]
 
     def _dropped(
         self, images: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B h w"], hidden: int, gather: "GatherVisible"
-    ) -> list[Float[Tensor, "B C h w"]]:
+    ) -> list[Float[Tensor, "B _C _h _w"]]:
         places = mask[0].numel()
         # A stable sort lists the visible places first, in their order; nonzero() would wait for the device.
         gather.keep = mask.flatten(1).byte().argsort(dim=1, stable=True)[:, : places - hidden]
@@ -377,7 +377,7 @@ def _fits(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple
         _probe(plan(name, resolution, model_args).model, resolution, take)
     except Exception as error:
         # A network that reads values (Gemma) cannot be tried without memory; its stride is all there is to know.
-        return "meta tensors" in str(error)
+        return "meta tensor" in str(error)
     return True
 
 

@@ -73,7 +73,7 @@ class HidingBackbone(nn.Module):
         images: Float[Tensor, "B 3 H W"],
         mask: Bool[Tensor, "B g g"] | None = None,
         hidden: int | None = None,
-    ) -> list[Float[Tensor, "B C h w"]]:
+    ) -> list[Float[Tensor, "B _C _h _w"]]:
         """One dense map for each stage; after "drop", hidden places are zero.
 
         Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 Values = Float[np.ndarray, " n"]
 
@@ -137,22 +137,23 @@ def _line(series: Series, right: float, low: float, high: float) -> Line:
     few = len(series.values) <= 40 and not series.smooth
     front = smoothed(series.values) if series.smooth else series.values
     chosen = np.unique(np.linspace(0, len(front) - 1, MOST_POINTS).round().astype(int))
+    spikes = _envelope(series.values)
     return Line(
         label=series.label,
         colour=series.colour,
         path=path(series.samples[chosen], front[chosen]),
-        raw=path(*_envelope(series.samples, series.values)) if series.smooth else "",
+        raw=path(series.samples[spikes], series.values[spikes]) if series.smooth else "",
         dots=path(series.samples, series.values).replace("L", "h0M") + "h0" if few else "",
     )
 
 
-def _envelope(samples: Values, values: Values) -> tuple[Values, Values]:
-    """At most ``MOST_POINTS`` points with the smallest and largest value of each stretch, so that spikes stay."""
+def _envelope(values: Values) -> Int64[np.ndarray, " kept"]:
+    """Where the smallest and the largest value of each of at most ``MOST_POINTS / 2`` stretches are: spikes stay."""
     if len(values) <= MOST_POINTS:
-        return samples, values
+        return np.arange(len(values))
     stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2)
-    kept = sorted({int(pick[f(values[pick])]) for pick in stretches for f in (np.argmin, np.argmax)})
-    return samples[kept], values[kept]
+    kept = {int(stretch[find(values[stretch])]) for stretch in stretches for find in (np.argmin, np.argmax)}
+    return np.array(sorted(kept))
 
 
 def _describe(series: Series) -> str:

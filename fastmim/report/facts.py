@@ -22,7 +22,8 @@ HIDING = {"pixels": "by a learnt colour", "tokens": "by a learnt token", "drop":
 def duration(seconds: float) -> str:
     """Seconds in the two largest units that matter: 2 d 3 h, 14 min 20 s."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for name, size in units:
         if left >= size or (name == "s" and not parts):
             parts.append(f"{left // size} {name}")
@@ -60,7 +61,9 @@ def dataset_name(config: Config | None) -> str:
 
 def device_name(run: RunFolder) -> str:
     """The device by the name that it was recorded under."""
-    found = run.environment.get("device_name") or run.environment.get("device")
+    kind, name = run.environment.get("device"), run.environment.get("device_name")
+    # What a processor calls itself is often just its family, such as x86_64.
+    found = f"CPU ({name})" if kind == "cpu" and name else name or kind
     return str(found or (run.config.system.device if run.config else None) or "")
 
 

@@ -138,8 +138,8 @@ def _reconstruction(path: Path) -> Reconstruction | None:
     if not path.exists():
         return None
     with safe_open(path, framework="numpy") as file:
-        names = ("images", "mask", "target", "prediction")
-        return Reconstruction(*(file.get_tensor(name) for name in names), kind=file.metadata()["target"])
+        arrays = {name: file.get_tensor(name) for name in ("images", "mask", "target", "prediction")}
+        return Reconstruction(**arrays, kind=file.metadata()["target"])
 
 
 def _neighbours(path: Path) -> Neighbours | None:

@@ -161,7 +161,7 @@ def _comparison(runs: list[RunFolder]) -> dict[str, Any]:
     names = _names([run.path for run in runs])
     colours = [index % COLOURS for index in range(len(runs))]
     options = _differences([run.config for run in runs])
-    columns = ["State", "Samples seen", "Loss", "Held-out loss", "kNN", "Linear", "Images/s", "Time"]
+    columns = ["State", "Samples seen", "Loss", "Held-out loss", "kNN, %", "Linear, %", "Images/s", "Time"]
     rows = [_results(run) for run in runs]
     kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
     differing = sorted({name for name, _ in options} & SCALE_OF_LOSS)
@@ -232,9 +232,9 @@ def _accuracy(found: verdict.Comparison | None, run: RunFolder, method: str) -> 
     trained = found.row("trained") if found else None
     if found and trained:
         gain = found.gain()
-        return trained.text + (f" ({gain:+.1f})" if gain is not None else "")
+        return trained.text.removesuffix(" %") + (f" ({gain:+.1f})" if gain is not None else "")
     on_the_way = facts.last(run.evals, method)
-    return f"{on_the_way:.1f} %" if is_number(on_the_way) else ""
+    return f"{on_the_way:.1f}" if is_number(on_the_way) else ""
 
 
 def _comparison_charts(runs: list[RunFolder], names: list[str], colours: list[int]) -> list[Chart]:

@@ -72,7 +72,9 @@ def shortfalls(found: Sequence[Comparison]) -> list[str]:
     for one in found:
         gain, pixels = one.gain(), one.gain("pixels")
         if gain is not None and not one.clear():
-            sentences.append(f"{one.label}: no clear change ({gain:+.1f} points, within the spread of the subsets).")
+            sentences.append(
+                f"{one.label}: no clear change ({gain:+.1f} points, no more than the choice of labels makes)."
+            )
         elif gain is not None and gain < 0:
             sentences.append(f"{one.label}: worse than the untrained network ({gain:+.1f} points).")
         if pixels is not None and pixels < 0:
