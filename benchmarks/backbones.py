@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmim.backbones.adapter import TimmBackbone, build
+from fastmim.backbones.blueprint import Blueprint
 from fastmim.backbones.catalog import describe, families
-from fastmim.backbones.hiding import HidingBackbone, upsample
+from fastmim.backbones.hiding import HidingBackbone
 from fastmim.errors import UserError
+from fastmim.mask import resize_mask
 
 RESOLUTION = 128
 SECONDS = 600  # for a family, most of it to find the smallest network
@@ -54,7 +56,7 @@ class Pretraining(nn.Module):
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         prediction = F.pixel_shuffle(self.head(self.hiding(images, self.mask)[-1]), self.stride)
         error = (prediction - target).square()
-        return error.mean(dim=1)[upsample(self.mask, self.scale)].mean()
+        return error.mean(dim=1)[resize_mask(self.mask, error.shape[-1])].mean()
 
 
 def pretrain(backbone: TimmBackbone, resolution: int) -> tuple[float, float, int]:
@@ -89,11 +91,15 @@ def build_near(name: str) -> tuple[TimmBackbone, int]:
         return build(name, size), size
 
 
+def count(name: str) -> int:
+    return sum(weight.numel() for weight in Blueprint(name, {}).model.parameters())
+
+
 def try_family(names: list[str], pipe: Connection) -> None:
     """In the child process: send what is known of the row, as soon as it is known."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    smallest = min((describe(name) for name in names), key=lambda told: told["params"])
+    smallest = describe(min(names, key=count))
     pipe.send({"model": smallest["name"], "params": smallest["params"], "hides": " ".join(sorted(smallest["hides"]))})
     start = time.perf_counter()
     try:

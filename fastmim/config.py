@@ -168,7 +168,7 @@ SECTIONS: dict[str, type[Section]] = {
 WORDS = {"data": "paths"}
 
 
-def locate(word: str) -> tuple[str, str]:
+def locate(word: str, where: str = "options") -> tuple[str, str]:
     """The (section, field) that a user's word means; ``-`` and ``_`` are the same.
 
     Raises:
@@ -179,7 +179,7 @@ def locate(word: str) -> tuple[str, str]:
     for section, schema in SECTIONS.items():
         if name in schema.model_fields:
             return section, name
-    raise UserError(f"unknown option '{word}'{nearest(word, option_words())}")
+    raise UserError(f"{where}: unknown option '{word}'{nearest(word, option_words())}")
 
 
 def option_words() -> list[str]:
@@ -204,12 +204,12 @@ def update(config: Config, words: Mapping[str, Any], where: str = "options") -> 
     for word, value in words.items():
         if word in SECTIONS and isinstance(value, Mapping):
             for inner, inner_value in value.items():
-                section, field = locate(str(inner))
+                section, field = locate(str(inner), where)
                 if section != word:
                     raise UserError(f"{where}: '{inner}' stands under '{word}', but belongs under '{section}'")
                 tree[section][field] = inner_value
         else:
-            section, field = locate(word)
+            section, field = locate(word, where)
             tree[section][field] = (value,) if field == "paths" and isinstance(value, str) else value
     return validate(tree, where)
 
@@ -226,4 +226,6 @@ def validate(tree: Mapping[str, Any], where: str = "options") -> Config:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"][1:]) or "value"
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {name} = {first['input']!r}: {message}") from None
+        # A section's own check speaks of its fields by name; what was given there is the whole section.
+        given = "" if isinstance(first["input"], Mapping) else f"{name} = {first['input']!r}: "
+        raise UserError(f"{where}: {given}{message}") from None

@@ -173,7 +173,7 @@ def probe(
         trained = build(name, side, pretrained=True)
         torch.manual_seed(derive(seed, "init"))
         untrained = build(trained.architecture, side, pretrained=False)
-        mean, std = trained.mean, trained.std
+        mean, std = trained.model.pretrained_cfg["mean"], trained.model.pretrained_cfg["std"]
     at = pick_device(device)
     result = run_probe(
         trained.to(at), untrained.to(at), labels, resolution=side, mean=mean, std=std, device=at, fraction=fraction,

@@ -15,7 +15,8 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from fastmim.backbones.adapter import Stage, TimmBackbone, build, plan
+from fastmim.backbones.adapter import Stage, TimmBackbone, build
+from fastmim.backbones.blueprint import Blueprint
 from fastmim.backbones.catalog import describe, families
 from fastmim.backbones.hiding import HidingBackbone
 from fastmim.errors import UserError
@@ -143,8 +144,9 @@ def test_weights_that_no_map_depends_on_are_frozen_and_kept() -> None:
     ],
 )
 def test_windows_follow_the_resolution(model: str, resolution: int, window: int) -> None:
+    args = Blueprint(model, {}).at(resolution, (3,)).create_args
     with torch.device("meta"):
-        net = timm.create_model(model, num_classes=0, **plan(model, resolution, {}).create_args)
+        net = timm.create_model(model, num_classes=0, **args)
     stages = net.layers if hasattr(net, "layers") else net.stages
     assert {block.window_size for stage in stages for block in stage.blocks} == {(window, window)}
 
@@ -169,6 +171,7 @@ def test_model_args_reach_the_network() -> None:
         ("vit_small_patch14_dinov2", 128, {}, "covers 14 px.*nearest that work: 126, 140"),
         (SWIN, 100, {}, "covers 32 px.*nearest that work: 96, 128"),
         ("efficientformer_l1", 192, {}, "nearest that work: 224"),
+        (VIT, 8, {}, "nearest that work: 16"),
     ],
 )
 def test_mistakes_are_one_clear_line(name: str, resolution: int, options: dict[str, object], message: str) -> None:
@@ -388,8 +391,10 @@ def test_catalog() -> None:
     told = describe("test_convnext")
     params = sum(weight.numel() for weight in timm.create_model("test_convnext", num_classes=0).parameters())
     stages = [(24, 4), (32, 8), (48, 16), (64, 32)]
-    assert told == {"name": "test_convnext", "params": params, "stages": stages, "hides": {"pixels"}}
+    hides = frozenset({"pixels"})
+    assert told == {"name": "test_convnext", "params": params, "stages": stages, "hides": hides, "fits": True}
     assert describe(VIT)["stages"] == [(64, 16)]
+    assert [describe("vit_small_patch14_dinov2", size)["fits"] for size in (126, 128)] == [True, False]
     with pytest.raises(UserError, match="timm has no model"):
         describe("resnet5o")
 

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from fastmim.mim.masking import MASKINGS, RandomMasking, resize_mask
+from fastmim.mask import resize_mask
+from fastmim.mim.masking import MASKINGS, RandomMasking
 
 KEYS = torch.randint(0, 2**62, (4000,), generator=torch.Generator().manual_seed(0))
 

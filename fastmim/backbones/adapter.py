@@ -1,29 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one seam to timm: any of its image networks, at any size it can take, as a backbone that returns dense maps."""
 
-import contextlib
-import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from timm.layers.format import Format
-from timm.models import get_model_args
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fastmim.backbones.blueprint import LOCAL, Blueprint, TimmModel, create, intermediates, probe
 from fastmim.errors import UserError
 
-LOCAL = "local-dir:"
-# An nn.Module with forward_intermediates, prune_intermediate_layers and feature_info: all have them, none declares it.
-TimmModel = Any
+__all__ = ["Backbone", "Stage", "TimmBackbone", "TimmModel", "build", "patch_size", "ways_to_hide"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ class TimmBackbone(nn.Module):
         return exempt | ({"mask_token"} if self.mask_token is not None else set())
 
     def _dense(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
-        maps = _intermediates(self.model, images, self._indices, self._norm)
+        maps = intermediates(self.model, images, self._indices, self._norm)
         return [_resize(one, images.shape[-1] // stage.stride) for one, stage in zip(maps, self.stages, strict=True)]
 
     def _dropped(
@@ -154,7 +147,7 @@ class TimmBackbone(nn.Module):
         # A stable sort lists the visible places first, in their order; nonzero() would wait for the device.
         gather.keep = mask.flatten(1).byte().argsort(dim=1, stable=True)[:, : places - hidden]
         try:
-            tokens = _intermediates(self.model, images, self._indices, self._norm, output_fmt="NLC")
+            tokens = intermediates(self.model, images, self._indices, self._norm, output_fmt="NLC")
             index = gather.keep.unsqueeze(2)
         finally:
             gather.keep = None
@@ -196,15 +189,6 @@ class GatherVisible(nn.Module):
         return (tokens, self.keep) if self.with_indices else tokens
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A timm network at one input size, laid out on the meta device: shapes and names without memory or weights."""
-
-    architecture: str
-    create_args: dict[str, Any]
-    model: TimmModel
-
-
 def build(
     name: str,
     resolution: int,
@@ -216,7 +200,7 @@ def build(
     """A timm network for images of ``resolution`` x ``resolution`` pixels, without its head and unused layers.
 
     Position embeddings and windows follow the size: a window covers the same share of the map as at the size that the
-    network was made for (Swin at 128 px: windows of 4, as in FastMIM, section 3.2).
+    network was made for (Swin at 128 px: windows of 4, as in FastMIM).
 
     Args:
         name: a timm model, or ``local-dir:FOLDER`` with ``config.json`` and weights, which are then loaded.
@@ -228,56 +212,22 @@ def build(
     Raises:
         UserError: no such model or folder, arguments that it does not take, or a size that it cannot take.
     """
-    model_args = dict(model_args or {})
-    laid_out = plan(name, resolution, model_args)
-    take = _absolute(laid_out.model, indices)
-    strides = [laid_out.model.feature_info[i]["reduction"] for i in take]
-    if resolution % max(strides):
-        why = f"one position of its map covers {max(strides)} px"
-        raise UserError(_refusal(name, resolution, model_args, take, why))
-    load = pretrained or name.startswith(LOCAL)
-    model = _create(name, pretrained=load, **laid_out.create_args)
-    try:
-        norm, maps = _probe(model, resolution, take)
-    except Exception as error:
-        raise UserError(_refusal(name, resolution, model_args, take, _line(error))) from error
+    blueprint = Blueprint(name, model_args or {})
+    take = blueprint.absolute((-1,) if indices is None else indices)
+    plan = blueprint.at(resolution, take)
+    model = create(name, pretrained=pretrained or name.startswith(LOCAL), **plan.create_args)
+    norm, maps = probe(model, resolution, take)
     model.prune_intermediate_layers(list(take), prune_norm=not norm, prune_head=True)
     _freeze_unreached(model, maps)
-    stages = tuple(Stage(one.shape[1], stride) for one, stride in zip(maps, strides, strict=True))
+    stages = tuple(Stage(one.shape[1], blueprint.strides[index]) for one, index in zip(maps, take, strict=True))
     return TimmBackbone(
         model.train(),
         stages,
         indices=take,
         norm=norm,
-        architecture=laid_out.architecture,
-        create_args=laid_out.create_args,
+        architecture=plan.architecture,
+        create_args=plan.create_args,
     )
-
-
-def plan(name: str, resolution: int, model_args: Mapping[str, Any]) -> Plan:
-    """How timm builds ``name`` for images of ``resolution`` pixels; takes a fraction of a second.
-
-    Raises:
-        UserError: no such model or folder, or arguments that it does not take.
-    """
-    _check_name(name)
-    for word in ("img_size", "num_classes", "features_only"):
-        if word in model_args:
-            raise UserError(f"model_args: '{word}' is set by fastmim (the size is the option 'resolution'); remove it")
-    with torch.device("meta"):
-        model = _create(name, **model_args)
-        if hasattr(model, "set_input_size"):
-            # Here timm scales the windows with the size; the argument img_size alone leaves them as they were.
-            model.set_input_size(img_size=resolution)
-        else:
-            with contextlib.suppress(TypeError):  # has no such argument: a convolutional network takes any size
-                model = timm.create_model(name, num_classes=0, **{**model_args, "img_size": resolution})
-    args = get_model_args(model)
-    if "img_size" in args:
-        args["img_size"] = resolution
-    args = {word: value for word, value in {**args, **model_args}.items() if word != "num_classes"}
-    architecture = model.pretrained_cfg["architecture"] if name.startswith(LOCAL) else name.split(".", maxsplit=1)[0]
-    return Plan(architecture, json.loads(json.dumps(args)), model)
 
 
 def patch_size(model: TimmModel) -> int | None:
@@ -296,53 +246,6 @@ def ways_to_hide(model: TimmModel) -> frozenset[str]:
     return frozenset({"pixels", "tokens", "drop"} if drops else {"pixels", "tokens"})
 
 
-def _create(name: str, **arguments: Any) -> TimmModel:
-    try:
-        return timm.create_model(name, num_classes=0, **arguments)
-    except Exception as error:  # timm raises nearly every kind, for bad arguments, files and downloads alike
-        raise UserError(f"model '{name}' cannot be built: {_line(error)}") from error
-
-
-def _check_name(name: str) -> None:
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model '{name}': no config.json in {folder}; a timm hub folder holds it beside the weights"
-            )
-    elif ":" in name or "/" in name or not timm.is_model(name):
-        near = timm.list_models(f"*{name}*") or timm.list_models()
-        names = ", ".join(difflib.get_close_matches(name, near, n=3, cutoff=0))
-        raise UserError(f"timm has no model '{name}'; nearest: {names} (or local-dir:FOLDER for a timm hub folder)")
-
-
-def _absolute(model: TimmModel, indices: Sequence[int] | None) -> tuple[int, ...]:
-    """Counted from the front, in order: pruning changes what -1 means."""
-    count = len(model.feature_info)
-    wrong = [i for i in indices or () if not -count <= i < count]
-    if wrong or indices == []:
-        raise UserError(f"indices: {wrong or 'none'} given, but the network has {count} maps: 0 to {count - 1}")
-    return tuple(sorted({i % count for i in indices or (-1,)}))
-
-
-def _intermediates(
-    model: TimmModel, images: Tensor, indices: tuple[int, ...], norm: bool, output_fmt: str = "NCHW"
-) -> list[Tensor]:
-    return model.forward_intermediates(
-        images, indices=list(indices), norm=norm, output_fmt=output_fmt, intermediates_only=True
-    )
-
-
-def _probe(model: TimmModel, resolution: int, indices: tuple[int, ...]) -> tuple[bool, list[Tensor]]:
-    """Whether the final norm can be applied (Hiera cannot), and the maps of an empty image."""
-    model.eval()  # one image is too few for batch norm, and must not change its statistics
-    images = torch.zeros(1, 3, resolution, resolution, device=next(model.parameters()).device)
-    try:
-        return True, _intermediates(model, images, indices, norm=True)
-    except AssertionError:
-        return False, _intermediates(model, images, indices, norm=False)
-
-
 def _freeze_unreached(model: TimmModel, maps: list[Tensor]) -> None:
     """Exclude weights that no map depends on and that timm does not prune, such as HRNet's other branches.
 
@@ -353,32 +256,6 @@ def _freeze_unreached(model: TimmModel, maps: list[Tensor]) -> None:
     gradients = torch.autograd.grad([one.sum() for one in maps], trained, allow_unused=True)
     for weight, gradient in zip(trained, gradients, strict=True):
         weight.requires_grad_(gradient is not None)
-
-
-def _refusal(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple[int, ...], why: str) -> str:
-    sizes = ", ".join(str(size) for size in _nearest_sizes(name, resolution, model_args, take))
-    return f"model '{name}' cannot take images of {resolution} px ({why})" + (
-        f"; nearest that work: {sizes}" * bool(sizes)
-    )
-
-
-def _nearest_sizes(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple[int, ...]) -> list[int]:
-    """The next smaller and the next larger size that the network takes, tried on the meta device."""
-    model = plan(name, resolution, model_args).model
-    step = max(model.feature_info[i]["reduction"] for i in take)
-    below = range(resolution // step * step, 0, -step)
-    above = range((resolution // step + 1) * step, 2 * resolution + step, step)
-    tried = [next((size for size in sizes if _fits(name, size, model_args, take)), None) for sizes in (below, above)]
-    return [size for size in tried if size is not None]
-
-
-def _fits(name: str, resolution: int, model_args: Mapping[str, Any], take: tuple[int, ...]) -> bool:
-    try:
-        _probe(plan(name, resolution, model_args).model, resolution, take)
-    except Exception as error:
-        # A network that reads values (Gemma) cannot be tried without memory; its stride is all there is to know.
-        return "meta tensor" in str(error)
-    return True
 
 
 def _convolutions(module: nn.Module | None) -> Iterator[nn.Conv2d]:
@@ -395,7 +272,3 @@ def _count(mask: Bool[Tensor, "B h w"]) -> int:
     if len(set(counts)) != 1:
         raise ValueError(f"'drop' needs equally many hidden places in every image, not {min(counts)} to {max(counts)}")
     return counts[0]
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -5,7 +5,8 @@ from typing import Any
 
 import timm
 
-from fastmim.backbones.adapter import plan, ways_to_hide
+from fastmim.backbones.adapter import ways_to_hide
+from fastmim.backbones.blueprint import Blueprint
 
 
 def families() -> dict[str, list[str]]:
@@ -18,16 +19,18 @@ def describe(name: str, resolution: int = 128) -> dict[str, Any]:
 
     Returns:
         ``name``; ``params``, the number of weights without the head; ``stages``, the (channels, stride) of its maps,
-        shallow to deep, equal neighbours once; ``hides``, the ways of hiding that work.
+        shallow to deep, equal neighbours once; ``hides``, the ways of hiding that work; ``fits``, whether it takes
+        images of ``resolution`` pixels.
 
     Raises:
         UserError: timm has no such model.
     """
-    model = plan(name, resolution, {}).model
-    stages = [(info["num_chs"], info["reduction"]) for info in model.feature_info]
+    blueprint = Blueprint(name, {})
+    stages = [(info["num_chs"], info["reduction"]) for info in blueprint.model.feature_info]
     return {
         "name": name,
-        "params": sum(weight.numel() for weight in model.parameters()),
+        "params": sum(weight.numel() for weight in blueprint.model.parameters()),
         "stages": list(dict.fromkeys(stages)),
-        "hides": ways_to_hide(model),
+        "hides": ways_to_hide(blueprint.model),
+        "fits": blueprint.fits(resolution, blueprint.absolute((-1,))),
     }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone, Stage
 from fastmim.errors import UserError
+from fastmim.mask import resize_mask
 
 
 class HidesItself(Backbone, Protocol):
@@ -89,7 +90,7 @@ class HidingBackbone(nn.Module):
         if mask is None:
             maps = self.backbone(images)
         elif self.how == "pixels":
-            painted = upsample(mask, _block(images, mask)).unsqueeze(1)
+            painted = resize_mask(mask, images.shape[-1]).unsqueeze(1)
             maps = self.backbone(torch.where(painted, self.colour.to(images.dtype), images))
         else:
             block, patch = _block(images, mask), self.backbone.mask_stride
@@ -98,8 +99,8 @@ class HidingBackbone(nn.Module):
                     f"hide: '{self.how}' hides whole patches of {patch} px, but a block has {block} px; "
                     f"choose a block that is a multiple of {patch}"
                 )
-            scale = block // patch
-            maps = self.backbone(images, upsample(mask, scale), None if hidden is None else hidden * scale**2)
+            places = None if hidden is None else hidden * (block // patch) ** 2
+            maps = self.backbone(images, resize_mask(mask, images.shape[-1] // patch), places)
         _check_maps(maps, self.stages, images)
         return maps
 
@@ -121,11 +122,6 @@ def require_backbone(network: nn.Module) -> None:
         raise UserError(f"{kind} has no method 'forward'; {needs}")
     if not callable(getattr(network, "weights", None)):
         raise UserError(f"{kind} has no method 'weights'; {needs}")
-
-
-def upsample(mask: Bool[Tensor, "B g g"], scale: int) -> Bool[Tensor, "B h h"]:
-    """Each block as ``scale`` x ``scale`` places."""
-    return mask.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
 
 def _block(images: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B g g"]) -> int:

@@ -2,8 +2,8 @@
 """``fastmim demo``: pre-train a small network from scratch, measure whether it helped, export, report.
 
 The photos are Sign Language Digits (Zeynep Dikle, Arda Mavi and pupils of Ankara Ayranci Anadolu High School;
-Apache-2.0): 1,653 of them to learn from, 409 to judge by. Of the sets that may be shipped it is the one of colour photos on which
-a few minutes of a CPU make a difference that nobody can miss; the measurements are in results/demo.csv.
+Apache-2.0): 1,653 of them to learn from, 409 to judge by. Of the sets that may be shipped it is the one of colour
+photos on which a few minutes of a CPU make a difference that nobody can miss; the measurements are in results/demo.csv.
 """
 
 import zipfile
@@ -17,9 +17,9 @@ from fastmim.errors import UserError
 from fastmim.run_folder import Run, free_folder
 
 _SET = "signs-96"
-# A ViT of 2.7 million parameters on crops of 64 px: small enough to learn from scratch on two cores, and of the family that
-# most people use. Patches of 8 px give it an 8 x 8 grid, as patches of 16 px give the paper's ViT at 128 px; hidden
-# patches are not encoded, which is what makes three quarters of the work go away.
+# A ViT of 2.7 million parameters on crops of 64 px: small enough to learn from scratch on two cores, and of the family
+# that most people use. Patches of 8 px give it an 8 x 8 grid, as patches of 16 px give the paper's ViT at 128 px;
+# hidden patches are not encoded, which is what makes three quarters of the work go away.
 OFFLINE: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"patch_size": 8, "depth": 6, "num_heads": 6, "class_token": False, "global_pool": "avg"},

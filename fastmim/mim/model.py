@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked image modelling in one screen: hide, encode, decode, compare with the target where it was hidden."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,8 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from fastmim.mim.decoder import Decoder
-from fastmim.mim.masking import Masking, resize_mask
+from fastmim.mask import resize_mask
+from fastmim.mim.masking import Masking
 from fastmim.mim.targets import Target
 
 
@@ -21,6 +21,17 @@ class MIMOutput(NamedTuple):
     prediction: Float[Tensor, "B channels cells cells"]
     target: Float[Tensor, "B channels cells cells"]
     mask: Bool[Tensor, "B g g"]
+
+
+@runtime_checkable
+class HidingEncoder(Protocol):
+    """Encodes what is visible of images, such as ``fastmim.HidingBackbone``."""
+
+    def __call__(
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B g g"], hidden: int
+    ) -> list[Float[Tensor, "B D h w"]]:
+        """Dense maps, shallow to deep; ``hidden`` blocks of each image are True in ``mask``."""
+        ...
 
 
 class MIM(nn.Module):
@@ -37,9 +48,12 @@ class MIM(nn.Module):
         loss: "l2" or "l1".
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
-        backbone: Callable[[Float[Tensor, "B C H W"], Bool[Tensor, "B g g"], int], list[Float[Tensor, "B D h w"]]],
+        backbone: HidingEncoder,
         decoder: Decoder,
         target: Target,
         masking: Masking,

@@ -44,13 +44,19 @@ class Pretrain(nn.Module):
         self.mim, self.config, self.held_out = mim, config, held_out
         self.labelled = None if labelled is None else _loaders(labelled, config)
 
+    @property
+    def hiding(self) -> HidingBackbone:
+        """The backbone and its way of hiding."""
+        assert isinstance(self.mim.backbone, HidingBackbone)
+        return self.mim.backbone
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of a batch ``{"images": UInt8["B C S S"], "keys": Int64["B"]}``."""
         return self.mim(batch["images"], batch["keys"]).loss, {}
 
     def param_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Weights that decay, and norms, biases, mask and position tokens, which do not."""
-        skip = {f"mim.backbone.{name}" for name in self.mim.backbone.no_weight_decay()}
+        skip = {f"mim.backbone.{name}" for name in self.hiding.no_weight_decay()}
         return decay_groups(self.named_parameters(), weight_decay, skip)
 
     @torch.no_grad()
@@ -95,8 +101,7 @@ class Pretrain(nn.Module):
         was_training = self.training
         self.eval()
         total, count = torch.zeros(()), 0
-        for batch in loader:
-            batch = self._to_device(batch)
+        for batch in map(self._to_device, loader):
             # The masks hide equally much of every image, so batches count by their images.
             total += self.mim(batch["images"], batch["keys"]).loss.cpu() * len(batch["images"])
             count += len(batch["images"])
@@ -105,7 +110,7 @@ class Pretrain(nn.Module):
 
     def _features(self, loader: EvalLoader) -> tuple[Tensor, Tensor | None]:
         data = self.config.data
-        return features(self.mim.backbone.backbone, loader, self.mim.mean.device, data.mean, data.std)
+        return features(self.hiding.backbone, loader, self.mim.mean.device, data.mean, data.std)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.mim.mean.device) for name, value in batch.items()}

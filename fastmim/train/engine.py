@@ -72,18 +72,29 @@ class Plan:
 
 @dataclass
 class Clock:
-    """Where the time went: since the start of the run, over all sittings, and since the last reading."""
+    """Where the time went: over all sittings, and since the last reading of the loss.
+
+    Evaluations and checkpoints count in the time of the run, but not in images per second.
+    """
 
     total: float = 0.0
-    waited: float = 0.0
+    training: float = 0.0
+    waiting: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
-    def lap(self) -> float:
-        """Seconds since the last lap; adds them to the total."""
+    def lap(self, training: bool = True) -> None:
+        """Books the time since the last lap."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self.total += seconds
-        return seconds
+        self.training += seconds if training else 0.0
+
+    def reading(self) -> tuple[float, float]:
+        """Seconds of training, and of waiting for images, since the last reading."""
+        self.lap()
+        spent = (self.training, self.waiting)
+        self.training = self.waiting = 0.0
+        return spent
 
 
 def fit(
@@ -143,7 +154,6 @@ class _Fit:
             self._evaluate(0)
         with StopRequest() as stop:
             batches = self.loader.batches(self.start)
-            self.clock.lap()
             while step < plan.steps:
                 self._step(model, batches, step)
                 step += 1
@@ -189,14 +199,14 @@ class _Fit:
     def _next(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
         batch = next(batches)
-        self.clock.waited += time.perf_counter() - began
+        self.clock.waiting += time.perf_counter() - began
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def _read(self, step: int) -> None:
         """Waits for the device, reads the mean loss since the last reading, and tells it."""
         plan = self.plan
         loss = mean_of_ranks(self.loss_sum).item() / self.loss_steps
-        seconds = self.clock.lap()
+        seconds, waiting = self.clock.reading()
         done, self.loss_steps = self.loss_steps, 0
         self.loss_sum.zero_()
         if not math.isfinite(loss):
@@ -210,31 +220,30 @@ class _Fit:
             "loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": speed,
-            "data_wait": min(1.0, self.clock.waited / seconds),
+            "data_wait": waiting / seconds,
             "seconds": self.clock.total,
         }
-        self.clock.waited = 0.0
         self.log.metrics("train", step, values)
         self.log.status("running", step, plan.steps, step * plan.global_batch)
         self.log.advance(step, plan.steps, loss, speed, (plan.steps - step) * plan.global_batch / speed)
 
     def _evaluate(self, step: int) -> None:
         plan = self.plan
+        self.clock.lap()
         if plan.eval_steps and self.ranks.first:
-            seconds = self.clock.total
             values = self.task.evaluate()  # type: ignore[operator]
             place = {"samples": step * plan.global_batch, "epoch": step * plan.global_batch / plan.images}
-            self.log.metrics("eval", step, {**place, **values, "seconds": seconds})
+            self.log.metrics("eval", step, {**place, **values, "seconds": self.clock.total})
         barrier()
-        self.clock.lap()  # evaluations count in the time of the run, not in images per second
+        self.clock.lap(training=False)
 
     def _save(self, step: int) -> None:
+        self.clock.lap()
         if self.ranks.first:
-            names = {parameter: name for name, parameter in self.task.named_parameters()}
             moments = {
-                f"{key}.{names[parameter]}": value
-                for parameter, state in self.optimizer.state.items()
-                for key, value in state.items()
+                f"{kind}.{name}": value
+                for name, parameter in self.task.named_parameters()
+                for kind, value in self.optimizer.state.get(parameter, {}).items()
             }
             state: dict[str, Any] = {
                 "samples": step * self.plan.global_batch,
@@ -244,6 +253,7 @@ class _Fit:
             }
             self.checkpoints.save(step, {"model": self.task.state_dict(), "optimizer": moments}, state)
         barrier()
+        self.clock.lap(training=False)
 
     def _restore(self) -> int:
         """Takes everything from the newest whole checkpoint; returns the steps that it had made."""
