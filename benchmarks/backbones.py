@@ -51,7 +51,6 @@ class Pretraining(nn.Module):
         side = next(side for side in (8, 7, 6, 5, 4, 3, 2) if resolution % side == 0)
         order = torch.rand(2, side**2).argsort(dim=1).argsort(dim=1)
         self.mask = (order < round(0.75 * side**2)).unflatten(1, (side, side))
-        self.scale = resolution // side
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         prediction = F.pixel_shuffle(self.head(self.hiding(images, self.mask)[-1]), self.stride)
@@ -149,16 +148,15 @@ def main() -> None:
     found = {module: [name for name in names if not name.startswith("test_")] for module, names in families().items()}
     torch.set_num_threads(1)
     origin = rows.origin()
-    if not chosen:
-        (rows.RESULTS / "backbones.csv").unlink(missing_ok=True)
-    works = 0
+    measured = []
     for number, module in enumerate(chosen or found, start=1):
         row = dict.fromkeys(COLUMNS, "") | {"module": module} | watch_family(found[module])
-        works += row["ok"]
+        measured.append(row | origin)
         print(f"{number}/{len(chosen or found)} " + " ".join(f"{key}={row[key]}" for key in COLUMNS), flush=True)
-        if not chosen:
-            rows.append("backbones", [row | origin])
-    print(f"{works} of {number} families work")
+    print(f"{sum(row['ok'] for row in measured)} of {len(measured)} families work")
+    if not chosen:  # only now, so that a sweep cut short does not cost the last whole one
+        (rows.RESULTS / "backbones.csv").unlink(missing_ok=True)
+        rows.append("backbones", measured)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does pre-training help? Pre-train from scratch on a folder's training images, probe against the untrained network.
 
-    python benchmarks/gain.py imagenette DATA/imagenette-96 --seeds 0 1 2 -- model=... epochs=...
+    python benchmarks/gain.py imagenette DATA/imagenette-96 model=... epochs=... --seeds 0 1 2
 
-DATA holds train/ and val/ with class folders; training sees train/ without its labels. One row per seed and measure goes
-into results/NAME.csv: means and spreads over 3 subsets of half the labels, trained, untrained and raw pixels.
+DATA holds train/ and val/ with class folders; training sees train/ without its labels. One row per seed and measure
+goes into results/NAME.csv: means and spreads over 3 subsets of half the labels, trained, untrained and raw pixels.
 """
 
 import argparse
@@ -34,7 +34,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:
             out = (options.keep or Path(scratch)) / f"{options.name}-{seed}"
-            config = update(load("fastmim"), {**words, "data": str(options.data / "train"), "out": str(out), "seed": seed})
+            config = update(
+                load("fastmim"), {**words, "data": str(options.data / "train"), "out": str(out), "seed": seed}
+            )
             began = time.perf_counter()
             run = fastmim.pretrain(config)
             minutes = (time.perf_counter() - began) / 60
@@ -42,7 +44,12 @@ def main() -> None:
             print(result["verdict"])
             speed = sorted(line["images_per_s"] for line in run.metrics if line["kind"] == "train")
             for measure, row in result["summary"].items():
-                facts = {"set": options.data.name, "seed": seed, "measure": measure, "labels": result["rows"][0]["labels"]}
+                facts = {
+                    "set": options.data.name,
+                    "seed": seed,
+                    "measure": measure,
+                    "labels": result["rows"][0]["labels"],
+                }
                 for weights in ("trained", "untrained", "pixels"):
                     mean, std = row.get(weights, (float("nan"), float("nan")))
                     facts |= {weights: f"{mean:.2f}", f"{weights}_std": f"{std:.2f}"}

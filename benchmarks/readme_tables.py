@@ -4,7 +4,6 @@
 python benchmarks/readme_tables.py
 """
 
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -46,8 +45,9 @@ def backbones() -> str:
     good = sum(row["ok"] == "True" for row in found)
     reasons = sorted({row["reason"] for row in found if row["reason"]})
     return (
-        f"Of the {len(found)} families of networks in timm {found[0]['timm']}, {good} ({good / len(found):.0%}) pre-train; the others: "
-        f"{', '.join(reasons) or 'none'} ([`results/backbones.csv`](results/backbones.csv))."
+        f"Of the {len(found)} families of networks in timm {found[0]['timm']}, {good} ({good / len(found):.0%}) "
+        f"pre-train; why the others do not: {', '.join(reasons)} "
+        f"([`results/backbones.csv`](results/backbones.csv))."
     )
 
 
@@ -61,8 +61,9 @@ TABLES: dict[str, Callable[[], str]] = {
 def filled(text: str) -> str:
     """README.md with its tables as the results say."""
     for name, table in TABLES.items():
-        mark = f"<!-- table:{name} -->\n"
-        text = re.sub(f"{re.escape(mark)}.*?<!-- end -->", lambda _: f"{mark}{table()}\n<!-- end -->", text, flags=re.S)
+        before, mark, rest = text.partition(f"<!-- table:{name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}{table()}\n{end}{after}"
     return text
 
 

@@ -29,7 +29,7 @@ _PUBLIC = {
     "Stage": "fastmim.backbones.adapter",
     "HidingBackbone": "fastmim.backbones.hiding",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the keys are strings)
 
 if TYPE_CHECKING:
     from fastmim.backbones.adapter import Backbone as Backbone

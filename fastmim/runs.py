@@ -82,9 +82,8 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
     files = _images(config)
     before = (run.read("data.json") or {}).get("fingerprint", files.fingerprint)
     if before != files.fingerprint and not config.system.allow_data_change:
-        raise UserError(
-            f"the images under {', '.join(config.data.paths)} have changed since {run.path} began; --allow-data-change goes on with them"
-        )
+        where = ", ".join(config.data.paths)
+        raise UserError(f"the images under {where} have changed since {run.path} began; --allow-data-change goes on")
     with ranks(pick_device(config.system.device).type) as here:
         return _train(run.path, config, files, model, here)
 
@@ -107,7 +106,7 @@ def plan(config: Config) -> dict[str, Any]:
         "resolution": config.data.resolution,
         "block": config.method.block,
         "target": f"{config.method.target}, cells of {config.method.cell} px",
-        "decoder": f"{config.method.decoder}, {config.method.decoder_dim} channels, depth {config.method.decoder_depth}",
+        "decoder": _decoder(config),
         "steps": _steps(config, len(train)),
         "global_batch": config.optim.global_batch,
         "lr": config.optim.lr,
@@ -315,6 +314,12 @@ def _export(run: Run, backbone: Backbone, folder: Path) -> Path:
         backbone.architecture, backbone.create_args, backbone.weights(), folder,
         resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, card=card,
     )  # fmt: skip
+
+
+def _decoder(config: Config) -> str:
+    method = config.method
+    size = f", {method.decoder_dim} channels, depth {method.decoder_depth}" if method.decoder == "transformer" else ""
+    return method.decoder + size
 
 
 def _images(config: Config) -> ImageFiles:

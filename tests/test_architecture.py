@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom; a part may always import itself and the leaves.
 LEAVES = {"errors", "seeding", "config", "mask"}
 MAY_IMPORT = {
-    **{leaf: LEAVES for leaf in LEAVES},
+    **dict.fromkeys(LEAVES, LEAVES),
     "recipes": set(),
     "data": set(),
     "backbones": set(),
@@ -84,7 +84,9 @@ def test_nothing_dangerous(path: Path) -> None:
 
 
 def test_help_needs_neither_torch_nor_timm() -> None:
-    script = f"import sys, {', '.join(LIGHT)}; print([m for m in ('torch', 'timm', 'numpy', 'PIL') if m in sys.modules])"
+    script = (
+        f"import sys, {', '.join(LIGHT)}; print([m for m in ('torch', 'timm', 'numpy', 'PIL') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

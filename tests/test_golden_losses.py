@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ten steps of every recipe's tiny variant give the losses that they gave before.
 
-A change that should not touch the mathematics must leave them as they are. To write them anew, with a reason in the commit:
-``python tests/test_golden_losses.py``.
+A change that should not touch the mathematics must leave them as they are. To write them anew, with a reason in the
+commit: ``python tests/test_golden_losses.py``.
 """
 
 import json

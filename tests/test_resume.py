@@ -21,10 +21,12 @@ from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.train.checkpoint import Checkpoints
 
-# Dropout and drop path, so that their randomness is part of what must come back; accumulation, so that steps have parts.
+# Dropout and drop path, so that their randomness is part of what must come back; accumulation, for steps of two parts.
 TINY: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
-    "model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.1, "drop_path_rate": 0.1},
+    "model_args": {
+        "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.1, "drop_path_rate": 0.1,
+    },
     "resolution": 32, "decoder_dim": 32, "hide": "drop", "global_batch": 16, "micro_batch": 8, "lr": 1e-3,
     "log_every": 1, "checkpoint_every": 1e-6, "device": "cpu", "tensorboard": False, "holdout": 0.1, "eval_every": 0.25,
 }  # fmt: skip
@@ -93,10 +95,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
     out, rng, kills = tmp_path / "run", random.Random(workers), 0
     while True:
         before = saved_step(out)
-        begun = (out / "config.yaml").exists()
-        number = child(
-            lambda: fastmim.resume(out, changes={"workers": workers}) if begun else start(photos, out, workers=workers)
-        )
+        if (out / "config.yaml").exists():
+            number = child(lambda: fastmim.resume(out, changes={"workers": workers}))
+        else:
+            number = child(lambda: start(photos, out, workers=workers))
         # Never before the first new step is saved: a kill that costs nothing would prove nothing.
         goal, done = before + rng.randint(1, 6), 0
         while saved_step(out) < min(goal, STEPS) and not done:
@@ -170,10 +172,10 @@ def test_changed_images_and_changed_mathematics_are_refused(photos: Path, uninte
         time.sleep(0.005)
     os.killpg(process, signal.SIGKILL)
     wait_for(process)
-    with pytest.raises(UserError, match="mask_ratio was 0.75 and cannot become 0.5"):
+    with pytest.raises(UserError, match=r"mask_ratio was 0\.75 and cannot become 0.5"):
         fastmim.resume(out, changes={"mask_ratio": 0.5})
     (images / "000.jpg").unlink()
-    with pytest.raises(UserError, match="have changed since .* --allow-data-change"):
+    with pytest.raises(UserError, match=r"have changed since .* --allow-data-change"):
         fastmim.resume(out)
     assert fastmim.resume(out, changes={"allow_data_change": True}).status["state"] == "finished"
 

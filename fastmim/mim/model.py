@@ -8,8 +8,8 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
-from fastmim.mim.decoder import Decoder
 from fastmim.mask import resize_mask
+from fastmim.mim.decoder import Decoder
 from fastmim.mim.masking import Masking
 from fastmim.mim.targets import Target
 

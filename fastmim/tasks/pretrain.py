@@ -138,47 +138,47 @@ def resolve(config: Config, backbone: Backbone, images: int, world: int = 1) -> 
     Raises:
         UserError: sizes that do not fit together; the nearest that do are named.
     """
-    data, method, optim = config.data, config.method, config.optim
-    stage = backbone.stages[-1]
-    block = method.block or _block(data.resolution, stage.stride)
-    if data.resolution % block:
-        raise UserError(
-            f"resolution {data.resolution} is not a multiple of the block of {block} px; {_near(data.resolution, block)}"
-        )
+    chosen = {"method": _method(config, backbone), "optim": _optim(config, images, world)}
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in chosen.items()}
+    )
+
+
+def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
+    """Block, cell and decoder that fit the crop and the network."""
+    side, method, stage = config.data.resolution, config.method, backbone.stages[-1]
+    block = method.block or _block(side, stage.stride)
+    if side % block:
+        raise UserError(f"resolution {side} is not a multiple of the block of {block} px; {_near(side, block)}")
     cell = method.cell or (_hog_cell(block, stage.stride) if method.target == "hog" else min(stage.stride, block))
     if block % cell or (cell % stage.stride and stage.stride % cell):
         raise UserError(
-            f"a cell of {cell} px does not divide the block of {block} px and fit the network's stride of {stage.stride};"
+            f"cells of {cell} px do not divide blocks of {block} px and fit the network's stride of {stage.stride};"
             f" leave --cell out, or try {_hog_cell(block, stage.stride)}"
         )
-    hidden, blocks = round(method.mask_ratio * (data.resolution // block) ** 2), (data.resolution // block) ** 2
-    if not 0 < hidden < blocks:
+    blocks = (side // block) ** 2
+    if not 0 < round(method.mask_ratio * blocks) < blocks:
         raise UserError(
-            f"mask_ratio {method.mask_ratio} hides {hidden} of {blocks} blocks; a smaller --block or another ratio is needed"
+            f"mask_ratio {method.mask_ratio} hides {round(method.mask_ratio * blocks)} of {blocks} blocks;"
+            " a smaller --block or another ratio is needed"
         )
-    dim, depth = default_size(stage.channels, hierarchical=stage.stride > 16)
     if method.decoder_dim is not None and method.decoder_dim % 32:
         raise UserError(f"decoder_dim {method.decoder_dim} is not a multiple of 32; {_near(method.decoder_dim, 32)}")
-    batch = optim.global_batch or max(world, _power_of_two(images / 32))
+    dim, depth = default_size(stage.channels, hierarchical=stage.stride > 16)
+    size = {"decoder_dim": method.decoder_dim or dim, "decoder_depth": method.decoder_depth or depth}
+    return {"block": block, "cell": cell, **size}
+
+
+def _optim(config: Config, images: int, world: int) -> dict[str, Any]:
+    """Global batch and learning rate."""
+    optim = config.optim
+    batch = optim.global_batch or _power_of_two(images / 32) // world * world
     if batch % world:
         raise UserError(f"global_batch {batch} is not a multiple of the {world} processes; {_near(batch, world)}")
     if optim.micro_batch is not None and batch % (optim.micro_batch * world):
-        raise UserError(
-            f"global_batch {batch} is not a multiple of micro_batch {optim.micro_batch} on {world} processes"
-        )
+        raise UserError(f"global_batch {batch} is not a multiple of {world} x micro_batch {optim.micro_batch}")
     lr = optim.lr or (optim.lr_per_256 * batch / 256 if optim.lr_per_256 else 2.4e-3 * math.sqrt(batch / 4096))
-    changes: dict[str, dict[str, Any]] = {
-        "method": {
-            "block": block,
-            "cell": cell,
-            "decoder_dim": method.decoder_dim or dim,
-            "decoder_depth": method.decoder_depth or depth,
-        },
-        "optim": {"global_batch": batch, "lr": lr, "lr_per_256": None},
-    }
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    )
+    return {"global_batch": batch, "lr": lr, "lr_per_256": None}
 
 
 def _loaders(labelled: Labelled, config: Config) -> tuple[EvalLoader, EvalLoader]:
