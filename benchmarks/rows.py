@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def origin() -> dict[str, Any]:
     }
 
 
-def append(name: str, rows: list[Mapping[str, Any]]) -> Path:
+def append(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Adds rows to results/NAME.csv; the columns are those of the first row ever written."""
     path = RESULTS / f"{name}.csv"
     fresh = not path.exists()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim import recipes
-from fastmim.backbones.adapter import Backbone, build
+from fastmim.backbones.adapter import build
 from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
 from fastmim.data.loader import EvalLoader, TrainLoader
@@ -30,6 +30,9 @@ from fastmim.train.device import environment, pick_device, pick_precision, pick_
 from fastmim.train.distributed import Ranks, barrier, ranks
 from fastmim.train.engine import Plan, fit
 from fastmim.train.log import RunLog
+
+# An nn.Module that is a Backbone: Python's types have no word for both at once.
+Network = Any
 
 
 def pretrain(config: Config | None = None, *, model: str | nn.Module | None = None, **words: Any) -> Run:
@@ -101,7 +104,7 @@ def plan(config: Config) -> dict[str, Any]:
         "images": len(train),
         "held out": len(held_out),
         "network": config.method.model,
-        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),  # type: ignore[attr-defined]
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "stages": [dataclasses.astuple(stage) for stage in backbone.stages],
         "resolution": config.data.resolution,
         "block": config.method.block,
@@ -171,7 +174,9 @@ def probe(
         side, name = resolution or 128, str(target)
         trained = build(name, side, pretrained=True)
         torch.manual_seed(derive(seed, "init"))
-        untrained = build(trained.architecture, side, pretrained=False)
+        # A folder's network may differ from timm's of that name; its size is chosen here.
+        shape = {word: value for word, value in trained.create_args.items() if word != "img_size"}
+        untrained = build(trained.architecture, side, model_args=shape)
         mean, std = trained.model.pretrained_cfg["mean"], trained.model.pretrained_cfg["std"]
     at = pick_device(device)
     result = run_probe(
@@ -198,7 +203,8 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
     system = config.system
     train, held_out = _split(config, files)
     torch.manual_seed(derive(config.optim.seed, "init"))
-    backbone = _backbone(config, network)
+    started = bool(Checkpoints(folder / "checkpoints").steps())  # then its weights are there, and need no network
+    backbone = _backbone(update(config, {"pretrained": False}) if started else config, network)
     config = resolve(config, backbone, len(train), here.world)
     side, workers = config.data.resolution, pick_workers(system.workers, device)
     unseen = EvalLoader(held_out, resolution=side, batch_size=64) if held_out else None
@@ -238,7 +244,7 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
 
 
 def _finish(
-    run: Run, task: Pretrain, backbone: Backbone, shown: EvalLoader, labels: Labelled | None, device: torch.device
+    run: Run, task: Pretrain, backbone: Network, shown: EvalLoader, labels: Labelled | None, device: torch.device
 ) -> None:
     config = run.config
     _export(run, backbone, run.exported)
@@ -269,14 +275,14 @@ def _open(
     return Run(folder)
 
 
-def _backbone(config: Config, network: nn.Module | None) -> Backbone:
+def _backbone(config: Config, network: nn.Module | None) -> Network:
     if network is not None:
-        return network  # type: ignore[return-value]
+        return network
     method = config.method
     return build(method.model, config.data.resolution, model_args=method.model_args, pretrained=method.pretrained)
 
 
-def _untrained(config: Config, network: nn.Module | None, side: int) -> Any:
+def _untrained(config: Config, network: nn.Module | None, side: int) -> Network:
     """The network as the run began with it: the same seed, the same start."""
     if network is not None:
         raise UserError("a module of your own has no untrained twin here; probe it before and after training")
@@ -284,13 +290,13 @@ def _untrained(config: Config, network: nn.Module | None, side: int) -> Any:
     return _backbone(update(config, {"resolution": side}), None)
 
 
-def _trained(run: Run, network: nn.Module | None, side: int | None = None) -> Any:
+def _trained(run: Run, network: nn.Module | None, side: int | None = None) -> Network:
     """The run's network with the weights of its newest checkpoint, at another image size if asked for."""
     config = run.config
     found, _ = Checkpoints(run.path / "checkpoints").latest()
     if found is None:
         raise UserError(f"{run.path} has no checkpoint yet")
-    backbone = _backbone(config, network)
+    backbone = _backbone(update(config, {"pretrained": False}), network)
     mim = build_mim(config, backbone)
     mim.load_state_dict({name.removeprefix("mim."): value for name, value in found.tensors["model"].items()})
     if side not in (None, config.data.resolution):
@@ -299,9 +305,8 @@ def _trained(run: Run, network: nn.Module | None, side: int | None = None) -> An
     return backbone
 
 
-def _export(run: Run, backbone: Backbone, folder: Path) -> Path:
-    config, data = run.config, run.read("data.json") or {}
-    status = run.status
+def _export(run: Run, backbone: Network, folder: Path) -> Path:
+    config, data, status = run.config, run.read("data.json") or {}, run.status
     card = {
         "method": f"{config.method.recipe}: {config.method.target} targets, {config.method.mask_ratio:.0%} hidden",
         "images": f"{data.get('images', '?')} images, resolution {config.data.resolution} px",

@@ -102,7 +102,7 @@ def test_mask_tokens_know_their_place() -> None:
 def test_decoder_sizes_of_the_paper() -> None:
     assert default_size(768, hierarchical=False) == (256, 1)  # ViT-B
     assert default_size(1024, hierarchical=True) == (256, 4)  # Swin-B
-    assert default_size(192, hierarchical=False) == (64, 1)  # ViT-Ti
+    assert default_size(192, hierarchical=False) == (128, 1)  # ViT-Ti
 
 
 def test_all_parameters_learn() -> None:

@@ -105,9 +105,10 @@ def default_size(width: int, hierarchical: bool) -> tuple[int, int]:
     """(dim, depth) of the transformer decoder that fits a network.
 
     The paper takes 256 channels for ViT-B (768) and Swin-B (1024), one block for ViT and four for hierarchical
-    networks, whose deepest map is small. Narrower networks get a third of their width, at least 64.
+    networks, whose deepest map is small. Narrower networks get a third of their width, but not below 128: what is to
+    be predicted does not become less with the network (64 channels learnt more slowly on small sets, see LOG.md).
     """
-    dim = min(256, max(64, width // 3 // 32 * 32))
+    dim = min(256, max(128, width // 3 // 32 * 32))
     return dim, 4 if hierarchical else 1
 
 

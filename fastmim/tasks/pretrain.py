@@ -2,7 +2,7 @@
 """Pre-training as a Task: a backbone, what is hidden of an image, and what is predicted of it."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -127,7 +127,7 @@ def build_mim(config: Config, backbone: Backbone) -> MIM:
     decoder = DECODERS[method.decoder](
         stage.channels, stage.stride, target.cell, target.channels, fill=method.hide == "drop", **size
     )
-    hiding = HidingBackbone(backbone, method.hide)
+    hiding = HidingBackbone(cast(nn.Module, backbone), method.hide)
     masking = MASKINGS["random"](method.mask_ratio)
     return MIM(hiding, decoder, target, masking, method.block, config.data.mean, config.data.std, method.loss)
 
