@@ -6,7 +6,7 @@ Colours, stroke widths and fonts are CSS, so that curves follow the reader's col
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def draw_chart(title: str, note: str, series: Sequence[Series], from_zero: bool = False) -> Chart | None:
+def draw_chart(
+    title: str, note: str, series: Sequence[Series], from_zero: bool = False, from_start: bool = True
+) -> Chart | None:
     """The chart of all series that have readings, or None when none has.
 
     Args:
@@ -74,13 +76,16 @@ def draw_chart(title: str, note: str, series: Sequence[Series], from_zero: bool 
         note: how to read it, in a few words; may be empty.
         series: in the order of the legend.
         from_zero: let the vertical axis begin at 0.
+        from_start: let the vertical axis hold the first twentieth of the run too. An untrained network's loss is ten
+            times the trained one's, and would press the rest flat; without it, the curve enters from above.
     """
     filled = [one for one in series if len(one.values)]
     if not filled:
         return None
     # A little room, or the last dot would be cut in half.
     right = 1.012 * max(float(one.samples.max()) for one in filled) or 1.0
-    low, high = _range(filled, from_zero)
+    held = filled if from_start else [_after(one, 0.05 * right) for one in filled]
+    low, high = _range(held, from_zero)
     return Chart(
         title=title,
         note=note,
@@ -116,6 +121,14 @@ def tick_label(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:g} {unit}"
     return f"{value:.4g}".replace("e-0", "e-")
+
+
+def _after(series: Series, samples: float) -> Series:
+    """The series without its first readings, as long as two are left."""
+    late = series.samples >= samples
+    if late.sum() < 2:
+        return series
+    return replace(series, samples=series.samples[late], values=series.values[late])
 
 
 def _range(series: Sequence[Series], from_zero: bool) -> tuple[float, float]:

@@ -133,7 +133,7 @@ def _training_charts(run: RunFolder) -> list[Chart]:
     accuracy = [read_series(evals, "knn", "kNN", colour=2), read_series(evals, "linear", "linear probe", colour=3)]
     rank, rate = read_series(evals, "effective_rank", "effective rank", 4), read_series(train, "lr", "learning rate", 7)
     charts = [
-        draw_chart("Loss", "pale: single readings", loss),
+        draw_chart("Loss", "pale: single readings", loss, from_start=False),
         draw_chart("Accuracy on the way, %", "", accuracy),
         draw_chart("Effective rank", "near 1 means that the features collapsed", [rank]),
         draw_chart("Learning rate", "", [rate], from_zero=True),
@@ -245,8 +245,8 @@ def _comparison_charts(runs: list[RunFolder], names: list[str], colours: list[in
         ]
 
     charts = [
-        draw_chart("Training loss", "pale: single readings", all_runs("train", "loss", smooth=True)),
-        draw_chart("Loss on held-out images", "", all_runs("evals", "val_loss")),
+        draw_chart("Training loss", "pale: single readings", all_runs("train", "loss", smooth=True), from_start=False),
+        draw_chart("Loss on held-out images", "", all_runs("evals", "val_loss"), from_start=False),
         draw_chart("kNN accuracy, %", "", all_runs("evals", "knn")),
         draw_chart("Linear accuracy, %", "", all_runs("evals", "linear")),
         draw_chart("Effective rank", "", all_runs("evals", "effective_rank")),
