@@ -15,7 +15,6 @@ _PUBLIC = {
     "pretrain": "fastmim.runs",
     "resume": "fastmim.runs",
     "probe": "fastmim.runs",
-    "export": "fastmim.runs",
     "Run": "fastmim.run_folder",
     "Config": "fastmim.config",
     "UserError": "fastmim.errors",
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from fastmim.mim.targets import HOG as HOG
     from fastmim.mim.targets import Pixels as Pixels
     from fastmim.run_folder import Run as Run
-    from fastmim.runs import export as export
     from fastmim.runs import pretrain as pretrain
     from fastmim.runs import probe as probe
     from fastmim.runs import resume as resume

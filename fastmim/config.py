@@ -9,6 +9,7 @@ This module imports neither torch nor timm: ``--help`` must answer at once.
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -168,7 +169,7 @@ SECTIONS: dict[str, type[Section]] = {
 WORDS = {"data": "paths"}
 
 
-def locate(word: str, where: str = "options") -> tuple[str, str]:
+def locate(word: str, where: str = "") -> tuple[str, str]:
     """The (section, field) that a user's word means; ``-`` and ``_`` are the same.
 
     Raises:
@@ -179,7 +180,7 @@ def locate(word: str, where: str = "options") -> tuple[str, str]:
     for section, schema in SECTIONS.items():
         if name in schema.model_fields:
             return section, name
-    raise UserError(f"{where}: unknown option '{word}'{nearest(word, option_words())}")
+    raise UserError(f"{where}{': ' if where else ''}unknown option '{word}'{nearest(word, option_words())}")
 
 
 def option_words() -> list[str]:
@@ -210,8 +211,16 @@ def update(config: Config, words: Mapping[str, Any], where: str = "options") -> 
                 tree[section][field] = inner_value
         else:
             section, field = locate(word, where)
-            tree[section][field] = (value,) if field == "paths" and isinstance(value, str) else value
+            plain = _plain(value)
+            tree[section][field] = (plain,) if field == "paths" and isinstance(plain, str) else plain
     return validate(tree, where)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, as YAML and the command line give them."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def validate(tree: Mapping[str, Any], where: str = "options") -> Config:

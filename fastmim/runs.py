@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmim import recipes
 from fastmim.backbones.adapter import build
+from fastmim.backbones.hiding import require_backbone
 from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
 from fastmim.data.loader import EvalLoader, TrainLoader
@@ -28,7 +29,7 @@ from fastmim.train.batch import find_micro_batch, free_memory
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
 from fastmim.train.distributed import Ranks, barrier, ranks
-from fastmim.train.engine import Plan, fit
+from fastmim.train.engine import Fit, Plan
 from fastmim.train.log import RunLog
 
 # An nn.Module that is a Backbone: Python's types have no word for both at once.
@@ -51,6 +52,7 @@ def pretrain(config: Config | None = None, *, model: str | nn.Module | None = No
     """
     network = model if isinstance(model, nn.Module) else None
     if network is not None:
+        require_backbone(network)
         words["model"] = type(network).__name__
     elif model is not None:
         words["model"] = model
@@ -234,7 +236,8 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
     )
     with RunLog(folder, system.tensorboard, quiet=not here.first) as log:
         log.say(f"{folder}: {config.method.model} on {len(train)} images of {side} px, {steps} steps on {device}")
-        state = fit(task, loader, course, Checkpoints(folder / "checkpoints", system.keep), log, device, here)
+        kept = Checkpoints(folder / "checkpoints", system.keep)
+        state = Fit(task, loader, course, kept, log, device, here).run()
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")
             _finish(

@@ -143,6 +143,18 @@ def test_a_signal_to_the_whole_group_saves_and_stops(
     assert digest(out) == digest(uninterrupted) and told(out) == told(uninterrupted)
 
 
+def test_killed_before_the_first_checkpoint_it_begins_again(photos: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = child(lambda: start(photos, out, checkpoint_every=60))
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 6:
+        time.sleep(0.005)
+    os.killpg(process, signal.SIGKILL)
+    wait_for(process)
+    assert saved_step(out) == 0
+    fastmim.resume(out)
+    assert digest(out) == digest(uninterrupted) and told(out) == told(uninterrupted)
+
+
 def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path) -> None:
     def state() -> dict[str, tuple[int, int]]:
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in uninterrupted.rglob("*")}

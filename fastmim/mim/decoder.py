@@ -19,30 +19,30 @@ class Decoder(Protocol):
     """Maps of the backbone and the mask of blocks to one prediction per cell of the target."""
 
     def __call__(
-        self, maps: Sequence[Float[Tensor, "B C h w"]], mask: Bool[Tensor, "B g g"]
+        self, maps: Sequence[Float[Tensor, "B _C _h _w"]], mask: Bool[Tensor, "B g g"]
     ) -> Float[Tensor, "B channels cells cells"]: ...
 
 
 class LinearDecoder(nn.Module):
     """One linear layer on the deepest map (SimMIM, section 3.3; MaskFeat, section 3.1).
 
+    It mixes no places, so the backbone must have encoded the hidden ones: not for dropped tokens.
+
     Args:
         width: channels of the deepest map.
         stride: pixels per position of that map.
         cell: pixels per cell of the target.
         channels: channels of the target.
-        fill: put a learnt token at hidden positions first, because the backbone has dropped them.
     """
 
-    def __init__(self, width: int, stride: int, cell: int, channels: int, fill: bool) -> None:
+    def __init__(self, width: int, stride: int, cell: int, channels: int) -> None:
         super().__init__()
-        self.mask_token = _token(width) if fill else None
         self.head = _Head(width, stride, cell, channels)
 
     def forward(
-        self, maps: Sequence[Float[Tensor, "B C h w"]], mask: Bool[Tensor, "B g g"]
+        self, maps: Sequence[Float[Tensor, "B _C _h _w"]], mask: Bool[Tensor, "B g g"]
     ) -> Float[Tensor, "B channels cells cells"]:
-        return self.head(_filled(maps[-1], mask, self.mask_token))
+        return self.head(maps[-1])
 
 
 class TransformerDecoder(nn.Module):
@@ -63,16 +63,19 @@ class TransformerDecoder(nn.Module):
     def __init__(self, width: int, stride: int, cell: int, channels: int, fill: bool, dim: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(width, dim, 1)
-        self.mask_token = _token(dim) if fill else None
+        self.mask_token = nn.Parameter(torch.randn(1, dim, 1, 1) * 0.02) if fill else None
         self.blocks = nn.Sequential(*(Block(dim, num_heads=dim // 32, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = _Head(dim, stride, cell, channels)
         self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def forward(
-        self, maps: Sequence[Float[Tensor, "B C h w"]], mask: Bool[Tensor, "B g g"]
+        self, maps: Sequence[Float[Tensor, "B _C _h _w"]], mask: Bool[Tensor, "B g g"]
     ) -> Float[Tensor, "B channels cells cells"]:
-        features = _filled(self.embed(maps[-1]), mask, self.mask_token)
+        features = self.embed(maps[-1])
+        if self.mask_token is not None:
+            hidden = resize_mask(mask, features.shape[-1])[:, None]
+            features = torch.where(hidden, self.mask_token.to(features.dtype), features)
         height, width = features.shape[-2:]
         tokens = features.flatten(2).transpose(1, 2) + self._position(height, width, features.device)
         tokens = self.norm(self.blocks(tokens))
@@ -110,18 +113,6 @@ def default_size(width: int, hierarchical: bool) -> tuple[int, int]:
     """
     dim = min(256, max(128, width // 3 // 32 * 32))
     return dim, 4 if hierarchical else 1
-
-
-def _token(width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(1, width, 1, 1) * 0.02)
-
-
-def _filled(
-    features: Float[Tensor, "B D h w"], mask: Bool[Tensor, "B g g"], token: nn.Parameter | None
-) -> Float[Tensor, "B D h w"]:
-    if token is None:
-        return features
-    return torch.where(resize_mask(mask, features.shape[-1])[:, None], token.to(features.dtype), features)
 
 
 DECODERS: dict[str, type[nn.Module]] = {"linear": LinearDecoder, "transformer": TransformerDecoder}

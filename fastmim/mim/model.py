@@ -29,7 +29,7 @@ class HidingEncoder(Protocol):
 
     def __call__(
         self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B g g"], hidden: int
-    ) -> list[Float[Tensor, "B D h w"]]:
+    ) -> list[Float[Tensor, "B _D _h _w"]]:
         """Dense maps, shallow to deep; ``hidden`` blocks of each image are True in ``mask``."""
         ...
 
@@ -80,7 +80,9 @@ class MIM(nn.Module):
         mask = self.masking(keys, side)
         target = self.target(normalised)
         prediction = self.decoder(self.backbone(normalised, mask, self.masking.hidden(side)), mask)
-        return MIMOutput(masked_loss(prediction, target, mask, self.loss), prediction, target, mask)
+        # One rank evaluates alone; only training steps are made by all of them together.
+        loss = masked_loss(prediction, target, mask, self.loss, all_ranks=self.training)
+        return MIMOutput(loss, prediction, target, mask)
 
 
 def masked_loss(
@@ -88,17 +90,18 @@ def masked_loss(
     target: Float[Tensor, "B C h w"],
     mask: Bool[Tensor, "B g g"],
     kind: str = "l2",
+    all_ranks: bool = False,
 ) -> Float[Tensor, ""]:
     """Mean over hidden cells and channels of the squared ("l2") or absolute ("l1") error, in float32.
 
-    With several ranks the hidden cells are counted over all of them, and the result is scaled so that the mean of the
-    ranks' gradients is the gradient of the mean over all hidden cells.
+    With ``all_ranks``, which all of them must then call, the hidden cells are counted over all of them, and the result
+    is scaled so that the mean of the ranks' gradients is the gradient of the mean over all hidden cells.
     """
     hidden = resize_mask(mask, target.shape[-1])[:, None]
     error = prediction.float() - target
     error = (error.square() if kind == "l2" else error.abs()).mean(dim=1, keepdim=True)
     count = hidden.sum().float()
-    if dist.is_initialized():
+    if all_ranks and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     return (error * hidden).sum() / count

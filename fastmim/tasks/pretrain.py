@@ -121,12 +121,10 @@ def build_mim(config: Config, backbone: Backbone) -> MIM:
     method, stage = config.method, backbone.stages[-1]
     assert method.block is not None and method.cell is not None
     target = TARGETS[method.target](3, method.cell)
-    size = {}
+    size: dict[str, Any] = {}
     if method.decoder == "transformer":
-        size = {"dim": method.decoder_dim, "depth": method.decoder_depth}
-    decoder = DECODERS[method.decoder](
-        stage.channels, stage.stride, target.cell, target.channels, fill=method.hide == "drop", **size
-    )
+        size = {"fill": method.hide == "drop", "dim": method.decoder_dim, "depth": method.decoder_depth}
+    decoder = DECODERS[method.decoder](stage.channels, stage.stride, target.cell, target.channels, **size)
     hiding = HidingBackbone(cast(nn.Module, backbone), method.hide)
     masking = MASKINGS["random"](method.mask_ratio)
     return MIM(hiding, decoder, target, masking, method.block, config.data.mean, config.data.std, method.loss)
@@ -156,6 +154,8 @@ def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
             f"cells of {cell} px do not divide blocks of {block} px and fit the network's stride of {stage.stride};"
             f" leave --cell out, or try {_hog_cell(block, stage.stride)}"
         )
+    if method.decoder == "linear" and method.hide == "drop":
+        raise UserError("the linear decoder sees nothing of dropped blocks; use decoder=transformer, or hide=tokens")
     blocks = (side // block) ** 2
     if not 0 < round(method.mask_ratio * blocks) < blocks:
         raise UserError(

@@ -25,7 +25,7 @@ FORMAT = 1
 _SUMS = "SHA256SUMS"
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(UserError):
     """The weights hold NaN or infinity; such a checkpoint is never written."""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config import OptimConfig
+from fastmim.errors import UserError
 from fastmim.seeding import derive
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.distributed import Ranks, any_rank, barrier, mean_of_ranks, parallel
@@ -47,7 +48,7 @@ class Loader(Protocol):
         ...
 
 
-class NotLearningError(RuntimeError):
+class NotLearningError(UserError):
     """The loss is no longer a finite number."""
 
 
@@ -97,30 +98,13 @@ class Clock:
         return spent
 
 
-def fit(
-    task: nn.Module,
-    loader: Loader,
-    plan: Plan,
-    checkpoints: Checkpoints,
-    log: RunLog,
-    device: torch.device,
-    ranks: Ranks,
-) -> str:
+class Fit:
     """Trains from the newest whole checkpoint, or from the start, to the last step or to a signal.
 
     The same steps are made whatever interrupts them: data, masks and dropout are functions of the step, and the
     checkpoint holds weights, the optimiser's moments and the step.
-
-    Returns:
-        "finished" or "interrupted"; in both cases the last step is in a checkpoint.
-
-    Raises:
-        NotLearningError: the loss is NaN or infinite.
     """
-    return _Fit(task, loader, plan, checkpoints, log, device, ranks).run()
 
-
-class _Fit:
     def __init__(
         self,
         task: nn.Module,
@@ -144,6 +128,14 @@ class _Fit:
         self.start = self._restore()
 
     def run(self) -> str:
+        """Makes the steps that are left.
+
+        Returns:
+            "finished" or "interrupted"; in both cases the last step is in a checkpoint.
+
+        Raises:
+            NotLearningError: the loss is NaN or infinite.
+        """
         plan, log = self.plan, self.log
         if self.ranks.first:
             log.begin(self.start, plan.steps)
@@ -165,7 +157,7 @@ class _Fit:
                 # One rank may stop at once; several agree where they wait for each other anyway.
                 if (self.ranks.world == 1 or reading) and any_rank(bool(stop), self.device):
                     break
-                if any_rank(time.perf_counter() > due, self.device) if reading else False:
+                if reading and any_rank(time.perf_counter() > due, self.device):
                     self._save(step)
                     saved, due = step, time.perf_counter() + plan.checkpoint_seconds
             if saved < step:
@@ -210,6 +202,8 @@ class _Fit:
         done, self.loss_steps = self.loss_steps, 0
         self.loss_sum.zero_()
         if not math.isfinite(loss):
+            if self.ranks.first:
+                self.log.status("failed", step, plan.steps, step * plan.global_batch, "the loss is not finite")
             raise NotLearningError(f"the loss is not finite at step {step}; a lower --lr or --clip-grad 1 may help")
         if not self.ranks.first:
             return

@@ -58,7 +58,8 @@ class RunLog:
     def begin(self, step: int, steps: int) -> None:
         """Starts, or goes on after ``step`` steps: later lines of an interrupted sitting are cut off."""
         lines = self._metrics.read_bytes().splitlines(keepends=True) if self._metrics.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        # At step 0 everything is done again, the first evaluation too.
+        kept = [line for line in lines if step and line.endswith(b"\n") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
             write_file(self._metrics, b"".join(kept))
         if self._wants_events:
