@@ -54,9 +54,17 @@ def values(records: list[Record], key: str) -> list[float]:
 
 def dataset_name(config: Config | None) -> str:
     """The images by the names of their folders."""
-    names = [PurePath(path).name or path for path in config.data.paths] if config else []
+    names = [_folder_name(path) for path in config.data.paths] if config else []
     rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return " and ".join(names[:2]) + rest if len(names) <= 2 else ", ".join(names[:2]) + rest
+
+
+def _folder_name(path: str) -> str:
+    """The last part; of ``signs/train`` both, because a split's name says nothing alone."""
+    parts = PurePath(path).parts[-2:]
+    return (
+        "/".join(parts) if parts[-1:] in (("train",), ("images",)) and len(parts) == 2 else PurePath(path).name or path
+    )
 
 
 def device_name(run: RunFolder) -> str:
