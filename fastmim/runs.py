@@ -209,7 +209,8 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
     backbone = _backbone(update(config, {"pretrained": False}) if started else config, network)
     config = resolve(config, backbone, len(train), here.world)
     side, workers = config.data.resolution, pick_workers(system.workers, device)
-    unseen = EvalLoader(held_out, resolution=side, batch_size=64) if held_out else None
+    apart = EvalLoader(held_out, resolution=side, batch_size=64)
+    unseen = apart if next(iter(apart), None) else None  # none held out, or the few that are cannot be read
     labels = labelled(system.eval_data, seed=config.optim.seed) if system.eval_data else None
     task = Pretrain(build_mim(config, backbone), config, unseen, labels).to(device)
     if config.optim.micro_batch is None:
@@ -240,20 +241,27 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
         state = Fit(task, loader, course, kept, log, device, here).run()
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")
-            _finish(
-                run, task, backbone, unseen or EvalLoader(train[:64], resolution=side, batch_size=64), labels, device
-            )
+            # Held-out images first: what is shown should be unseen; neighbours want more images than those.
+            shown = EvalLoader([*held_out, *train[:64]], resolution=side, batch_size=64)
+            gallery = EvalLoader(train[:: max(1, len(train) // 500)], resolution=side, batch_size=64)
+            _finish(run, task, backbone, shown, gallery, labels, device)
     return run
 
 
 def _finish(
-    run: Run, task: Pretrain, backbone: Network, shown: EvalLoader, labels: Labelled | None, device: torch.device
+    run: Run,
+    task: Pretrain,
+    backbone: Network,
+    shown: EvalLoader,
+    gallery: EvalLoader,
+    labels: Labelled | None,
+    device: torch.device,
 ) -> None:
     config = run.config
     _export(run, backbone, run.exported)
     (run.path / "images").mkdir(exist_ok=True)
     (run.path / "images" / "reconstruction.safetensors").write_bytes(task.reconstruction(shown))
-    (run.path / "images" / "neighbours.safetensors").write_bytes(task.neighbours(shown))
+    (run.path / "images" / "neighbours.safetensors").write_bytes(task.neighbours(gallery))
     if labels is not None and hasattr(backbone, "architecture"):
         result = run_probe(
             backbone, _untrained(config, None, config.data.resolution).to(device), labels,

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import fastmim
 from fastmim import runs
 from fastmim.cli import main
+from fastmim.config import Config, update
+from fastmim.data.scan import scan
 from fastmim.errors import UserError
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.engine import NotLearningError
@@ -143,6 +146,16 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"of 37 images \(.*cannot be read; first"):
         fastmim.pretrain(data=str(images), out=tmp_path / "strict", max_bad=0.01, holdout=0.0, **TINY)
+
+
+def test_a_held_out_image_that_cannot_be_read_costs_only_its_loss(photos: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(photos, tmp_path / "images")
+    config = update(Config(), {**TINY, "data": str(images)})
+    _, held_out = runs._split(config, scan([str(images)]))
+    assert len(held_out) == 1
+    Path(held_out[0]).write_bytes(b"")
+    run = fastmim.pretrain(config, out=tmp_path / "run")
+    assert run.status["state"] == "finished" and {line["kind"] for line in run.metrics} == {"train"}
 
 
 def run_words(capsys: pytest.CaptureFixture[str], *words: str) -> str:
