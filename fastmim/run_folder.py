@@ -130,7 +130,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with (folder / ".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # lockf, not flock: forked loader workers would share the latter, and outlive a killed process by a moment.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder} is in use by another process; wait for it or stop it") from None
         yield
