@@ -119,7 +119,8 @@ def test_the_command_gives_the_same_config(tmp_path: Path) -> None:
     }  # fmt: skip
     run = build(tmp_path / "run", options=options, steps=3, target="pixels")
     (command,) = [text for text in Page(write_report(run)).words if text.startswith("fastmim pretrain \\\n")]
-    script = f'set -e; fastmim() {{ {shlex.quote(sys.executable)} -m fastmim "$@"; }}; {command.replace("pretrain", "pretrain --print-config", 1)}'
+    shell = f'fastmim() {{ {shlex.quote(sys.executable)} -m fastmim "$@"; }}'
+    script = f"set -e; {shell}; {command.replace('pretrain', 'pretrain --print-config', 1)}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     again = validate(yaml.safe_load(done.stdout))
