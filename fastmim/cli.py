@@ -24,6 +24,7 @@ from tyro.constructors import (
 )
 
 from fastmim import __version__, recipes
+from fastmim.cli_data import Prepare, Scan, prepare, scan
 from fastmim.cli_options import (
     Demo,
     Doctor,
@@ -306,6 +307,8 @@ COMMANDS = {
     "pretrain": Command(Pretrain, pretrain, "pretrain DATA..."),
     "probe": Command(Probe, probe, "probe RUN DATA"),
     "report": Command(Report, report, "report RUN..."),
+    "scan": Command(Scan, scan, "scan DATA..."),
+    "prepare": Command(Prepare, prepare, "prepare DATA..."),
     "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),
     "resume": Command(Resume, resume, "resume RUN"),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastmim.errors import UserError
 
@@ -25,21 +25,41 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _numbers(value: Any) -> Any:
+    """``0.5,0.4,0.4``, as a command line gives it, as a list."""
+    return value.strip("[]() ").split(",") if isinstance(value, str) else value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+
+
 class DataConfig(Section):
     """Which images, and what is cut from them."""
 
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]] = ()
-    """Folders, image files, or .txt lists of paths; folders are searched to any depth, labels are not needed."""
+    """Folders (searched to any depth), files, .txt or .csv lists, .tar files, what prepare wrote, or URLs (s3://)."""
     resolution: int = Field(default=128, ge=8)
     """Side of the square training crop in pixels; low is what makes it fast."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the picture's area that a crop covers."""
     flip: bool = True
     """Mirror half of the crops left to right."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """What is subtracted from each colour (0 to 1); ImageNet's by default, stored with the exported weights."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """What each colour is divided by."""
+    channels: int = Field(default=3, ge=1)
+    """Channels that the network sees: 3 (grey is repeated), 1 (colour becomes grey), or exactly what the files have."""
+    values: Literal["8bit", "raw"] = "8bit"
+    """Values that it sees: 0 to 255, or the stored ones (16 bits, floats, Hounsfield units) unchanged."""
+    mean: Numbers | None = None
+    """What is subtracted from each channel, as 0.5,0.4,0.4 (0 to 1, or stored units); ImageNet's for 8-bit colour."""
+    std: Numbers | None = None
+    """What each channel is divided by; mean and std of other images are measured when not given."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Keep a small square of each image, so that it is decoded in the first epoch only: in memory, or in the run."""
+    cache_size: int | None = Field(default=None, ge=8)
+    """Side of the squares in the cache; twice the resolution when not given."""
+    crop_on: Literal["cpu", "device"] | None = None
+    """Where crops are cut from prepared or cached squares; on the device if it is a GPU, when not given."""
+    shuffle_shards: int = Field(default=16, ge=1)
+    """Prepared shards in an object store are mixed this many at a time."""
     holdout: float = Field(default=0.02, ge=0, lt=0.5)
     """Share of the images that is never trained on (at most 512), for the reconstruction loss on unseen images."""
     max_bad: float = Field(default=0.05, ge=0, le=1)
@@ -50,8 +70,11 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {low} {high}, but needs 0 < smallest <= largest <= 1")
-        if min(self.std) <= 0:
-            raise ValueError("std must be above 0 for each colour")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None and len(numbers) != self.channels:
+                raise ValueError(f"{name} has {len(numbers)} numbers, but there are {self.channels} channels")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("std must be above 0 for each channel")
         return self
 
 
@@ -128,6 +151,10 @@ class SystemConfig(Section):
     """Empty the run folder first, if it holds an earlier run."""
     device: str | None = None
     """cuda, cuda:1, mps or cpu; the fastest there is when not given."""
+    shard_cache: str | None = None
+    """Where shards of an object store are kept; below ~/.cache/fastmim when not given."""
+    shard_cache_gb: float = Field(default=50.0, gt=0)
+    """Disk that they may take; those that were used longest ago are deleted first."""
     precision: Literal["bf16", "fp32"] | None = None
     """Arithmetic of the network; bf16 where the hardware has it, when not given."""
     compile: bool = False

@@ -48,7 +48,7 @@ def export_timm(
             they keep timm's initial values, the same every time, and README.md lists them.
         folder: replaced as a whole if it holds an earlier export.
         resolution: side of the training images in pixels.
-        mean: of each colour (0 to 1), as in training.
+        mean: of each channel (0 to 1, or in the units of raw images), as in training.
         std: likewise.
         card: what README.md tells: a heading to a line of text; "license" is the licence of the weights.
 
@@ -66,7 +66,7 @@ def export_timm(
         # torch.manual_seed would also reseed the accelerators, which this fork does not put back.
         torch.default_generator.manual_seed(0)
         model: TimmModel = timm.create_model(architecture, pretrained=False, num_classes=0, **args).eval()
-    initial = _fill(model, weights, resolution)
+    initial = _fill(model, weights, resolution, len(mean))
     name = model.pretrained_cfg["architecture"]
     files: dict[str, bytes | str] = {
         _WEIGHTS: _packed(model.state_dict()),
@@ -87,7 +87,7 @@ def export_state(weights: Mapping[str, Tensor], folder: Path, card: Mapping[str,
 def verify(
     folder: Path,
     backbone_forward: Callable[[Tensor], list[Float[Tensor, "B _ _ _"]]],
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B C H W"],
 ) -> float:
     """The largest absolute difference between the network's last map and that of ``folder``, loaded by timm.
 
@@ -111,7 +111,7 @@ def _config(
         "num_features": model.num_features,
         "model_args": args,
         "pretrained_cfg": {
-            "input_size": [3, resolution, resolution],
+            "input_size": [len(mean), resolution, resolution],
             "mean": list(mean),
             "std": list(std),
             "num_classes": 0,
@@ -121,7 +121,7 @@ def _config(
     }
 
 
-def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int) -> list[str]:
+def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int, channels: int) -> list[str]:
     """Loads the weights into the stock network; returns the keys that keep their initial values."""
     stock = model.state_dict()
     unexpected = sorted(weights.keys() - stock.keys())
@@ -131,19 +131,19 @@ def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int) -> l
         if value.shape != stock[key].shape:
             raise ValueError(f"{key} is {tuple(value.shape)}, but {tuple(stock[key].shape)} in the stock network")
     missing = [key for key in stock if key not in weights]
-    needed = sorted(_needed(model, resolution).intersection(missing)) if missing else []
+    needed = sorted(_needed(model, resolution, channels).intersection(missing)) if missing else []
     if needed:
         raise ValueError(f"weights that the feature map needs are missing: {', '.join(needed)}")
     model.load_state_dict(weights, strict=False)
     return missing
 
 
-def _needed(model: TimmModel, resolution: int) -> set[str]:
+def _needed(model: TimmModel, resolution: int, channels: int) -> set[str]:
     """The keys that the last feature map depends on: what a gradient reaches, and the buffers of those layers."""
     parameters = dict(model.requires_grad_().named_parameters())
     with torch.enable_grad():
         maps = model.forward_intermediates(
-            torch.zeros(1, 3, resolution, resolution), indices=1, norm=False, intermediates_only=True
+            torch.zeros(1, channels, resolution, resolution), indices=1, norm=False, intermediates_only=True
         )
         gradients = torch.autograd.grad(maps[-1].sum(), list(parameters.values()), allow_unused=True)
     unused = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}

@@ -2,38 +2,53 @@
 """``pretrain``, ``resume``, ``probe`` and ``export``: the commands as Python functions."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmim import recipes
 from fastmim.backbones.adapter import build
 from fastmim.backbones.hiding import require_backbone
 from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
-from fastmim.data.loader import EvalLoader, TrainLoader
-from fastmim.data.scan import ImageFiles, first_look, scan
+from fastmim.data.loader import EvalLoader
+from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
-from fastmim.export import export_state, export_timm, verify
+from fastmim.export import verify
 from fastmim.report.page import write_report
 from fastmim.run_folder import Run, default_folder, locked, prepare_folder, write_config
+from fastmim.run_images import (
+    crop_place,
+    eval_loader,
+    find_images,
+    split,
+    training_loader,
+    training_pictures,
+    waiting_remedy,
+    with_statistics,
+)
+from fastmim.run_network import (
+    Network,
+    build_network,
+    count_steps,
+    export_network,
+    trained_network,
+    untrained_network,
+    with_micro_batch,
+)
 from fastmim.seeding import derive
 from fastmim.tasks.pretrain import Pretrain, build_mim, resolve
 from fastmim.tasks.probe import run_probe
-from fastmim.train.batch import find_micro_batch, free_memory
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
 from fastmim.train.distributed import Ranks, barrier, ranks
 from fastmim.train.engine import Fit, Plan
 from fastmim.train.log import RunLog
-
-# An nn.Module that is a Backbone: Python's types have no word for both at once.
-Network = Any
 
 
 def pretrain(config: Config | None = None, *, model: str | nn.Module | None = None, **words: Any) -> Run:
@@ -57,7 +72,7 @@ def pretrain(config: Config | None = None, *, model: str | nn.Module | None = No
     elif model is not None:
         words["model"] = model
     config = update(config or recipes.load(str(words.get("recipe", "fastmim"))), words)
-    files = _images(config)
+    files = find_images(config)
     device = pick_device(config.system.device)
     with ranks(device.type) as here:
         if here.world > 1 and config.system.out is None:
@@ -84,7 +99,7 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
     config = _changed(run.config, changes or {})
     if run.status["state"] == "finished" and (run.path / "report.html").exists() and config == run.config:
         return run
-    files = _images(config)
+    files = find_images(config)
     before = (run.read("data.json") or {}).get("fingerprint", files.fingerprint)
     if before != files.fingerprint and not config.system.allow_data_change:
         where = ", ".join(config.data.paths)
@@ -95,12 +110,12 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
 
 def plan(config: Config) -> dict[str, Any]:
     """What a run would do, without doing it."""
-    files = _images(config)
+    files = find_images(config)
     torch.manual_seed(derive(config.optim.seed, "init"))
-    backbone = _backbone(config, None)
+    backbone = build_network(config, None)
     device = pick_device(config.system.device)
-    train, held_out = _split(config, files)
-    config = resolve(config, backbone, len(train))
+    train, held_out = split(config, files)
+    config = resolve(with_statistics(config, files), backbone, len(train))
     assert config.optim.global_batch is not None
     return {
         "images": len(train),
@@ -112,7 +127,7 @@ def plan(config: Config) -> dict[str, Any]:
         "block": config.method.block,
         "target": f"{config.method.target}, cells of {config.method.cell} px",
         "decoder": _decoder(config),
-        "steps": _steps(config, len(train)),
+        "steps": count_steps(config, len(train)),
         "global_batch": config.optim.global_batch,
         "lr": config.optim.lr,
         "device": str(device),
@@ -128,12 +143,12 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
         The folder, and the largest difference of the last map between the run's network and the loaded one.
     """
     run = run if isinstance(run, Run) else Run(run)
-    backbone = _trained(run, model)
-    folder = _export(run, backbone, Path(out) if out else run.exported)
+    backbone = trained_network(run, model)
+    folder = export_network(run, backbone, Path(out) if out else run.exported)
     if not hasattr(backbone, "architecture"):
         return folder, 0.0
     side = run.config.data.resolution
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, run.config.data.channels, side, side, generator=torch.Generator().manual_seed(0))
     return folder, verify(folder, backbone, images)
 
 
@@ -170,8 +185,10 @@ def probe(
     if run is not None:
         config = run.config
         side = resolution or config.data.resolution
-        trained, untrained = _trained(run, model, side), _untrained(config, model, side)
+        trained, untrained = trained_network(run, model, side), untrained_network(config, model, side)
         mean, std, name = config.data.mean, config.data.std, config.method.model
+        raw = config.data.values == "raw"
+        assert mean is not None and std is not None
     else:
         side, name = resolution or 128, str(target)
         trained = build(name, side, pretrained=True)
@@ -179,20 +196,20 @@ def probe(
         # A folder's network may differ from timm's of that name; its size is chosen here.
         shape = {word: value for word, value in trained.create_args.items() if word != "img_size"}
         untrained = build(trained.architecture, side, model_args=shape)
-        mean, std = trained.model.pretrained_cfg["mean"], trained.model.pretrained_cfg["std"]
+        mean, std, raw = trained.model.pretrained_cfg["mean"], trained.model.pretrained_cfg["std"], False
     at = pick_device(device)
     result = run_probe(
         trained.to(at), untrained.to(at), labels, resolution=side, mean=mean, std=std, device=at, fraction=fraction,
-        subsets=subsets, seed=seed, workers=pick_workers(workers, at), model=name,
+        subsets=subsets, seed=seed, workers=pick_workers(workers, at), raw=raw, model=name,
     )  # fmt: skip
-    result["data"] = str(data)
+    result = {"data": str(data), **result}
     if run is not None:
         run.write("probe.json", result)
         write_report(run.path)
     return result
 
 
-def _train(folder: Path, config: Config, files: ImageFiles, network: nn.Module | None, here: Ranks) -> Run:
+def _train(folder: Path, config: Config, files: ImageTable, network: nn.Module | None, here: Ranks) -> Run:
     """Everything between a prepared folder and a finished or interrupted run."""
     if here.first:
         with locked(folder):
@@ -200,32 +217,31 @@ def _train(folder: Path, config: Config, files: ImageFiles, network: nn.Module |
     return _train_locked(folder, config, files, network, here)
 
 
-def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.Module | None, here: Ranks) -> Run:
+def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.Module | None, here: Ranks) -> Run:
     device = pick_device(config.system.device, here.local)
     system = config.system
-    train, held_out = _split(config, files)
+    train, held_out = split(config, files)
+    if not here.first:
+        barrier()  # the first rank makes the file of the cache
+    pictures = training_pictures(config, files.take(train), folder, here)
+    if here.first:
+        barrier()
+    config = update(with_statistics(config, files), {"crop_on": crop_place(config, pictures, device)})
     torch.manual_seed(derive(config.optim.seed, "init"))
     started = bool(Checkpoints(folder / "checkpoints").steps())  # then its weights are there, and need no network
-    backbone = _backbone(update(config, {"pretrained": False}) if started else config, network)
+    backbone = build_network(update(config, {"pretrained": False}) if started else config, network)
     config = resolve(config, backbone, len(train), here.world)
-    side, workers = config.data.resolution, pick_workers(system.workers, device)
-    apart = EvalLoader(held_out, resolution=side, batch_size=64)
+    apart = eval_loader(config, files.take(held_out))
     unseen = apart if next(iter(apart), None) else None  # none held out, or the few that are cannot be read
     labels = labelled(system.eval_data, seed=config.optim.seed) if system.eval_data else None
     task = Pretrain(build_mim(config, backbone), config, unseen, labels).to(device)
     if config.optim.micro_batch is None:
-        config = _with_micro_batch(config, task, device, here)
+        config = with_micro_batch(config, task, device, here)
     if system.compile:
         task.compile()
     run = _open(folder, config, files, held_out, device, here)
-    assert config.optim.global_batch is not None and config.optim.micro_batch is not None
-    loader = TrainLoader(
-        train, resolution=side, crop_scale=config.data.crop_scale, flip=config.data.flip, seed=config.optim.seed,
-        global_batch=config.optim.global_batch, micro_batch=config.optim.micro_batch, rank=here.rank,
-        world_size=here.world, workers=workers, pin_memory=device.type == "cuda", max_bad=config.data.max_bad,
-        bad_log=folder / "bad_images.csv" if here.first else None,
-    )  # fmt: skip
-    steps = _steps(config, len(train))
+    loader = training_loader(config, pictures, device, here, folder / "bad_images.csv" if here.first else None)
+    steps = count_steps(config, len(train))
     course = Plan(
         optim=config.optim,
         steps=steps,
@@ -234,16 +250,18 @@ def _train_locked(folder: Path, config: Config, files: ImageFiles, network: nn.M
         eval_steps=max(1, math.ceil(system.eval_every * steps)) if unseen or labels else 0,
         checkpoint_seconds=60 * system.checkpoint_every,
         autocast=pick_precision(system.precision, device),
+        remedy=functools.partial(waiting_remedy, config, pictures, loader.workers, device),
     )
     with RunLog(folder, system.tensorboard, quiet=not here.first) as log:
-        log.say(f"{folder}: {config.method.model} on {len(train)} images of {side} px, {steps} steps on {device}")
+        what = f"{config.method.model} on {len(train)} images of {config.data.resolution} px"
+        log.say(f"{folder}: {what}, {steps} steps on {device}")
         kept = Checkpoints(folder / "checkpoints", system.keep)
         state = Fit(task, loader, course, kept, log, device, here).run()
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")
             # Held-out images first: what is shown should be unseen; neighbours want more images than those.
-            shown = EvalLoader([*held_out, *train[:64]], resolution=side, batch_size=64)
-            gallery = EvalLoader(train[:: max(1, len(train) // 500)], resolution=side, batch_size=64)
+            shown = eval_loader(config, files.take([*held_out, *train[:64]]))
+            gallery = eval_loader(config, files.take(train[:: max(1, len(train) // 500)]))
             _finish(run, task, backbone, shown, gallery, labels, device)
     return run
 
@@ -258,118 +276,39 @@ def _finish(
     device: torch.device,
 ) -> None:
     config = run.config
-    _export(run, backbone, run.exported)
+    assert config.data.mean is not None and config.data.std is not None
+    export_network(run, backbone, run.exported)
     (run.path / "images").mkdir(exist_ok=True)
     (run.path / "images" / "reconstruction.safetensors").write_bytes(task.reconstruction(shown))
     (run.path / "images" / "neighbours.safetensors").write_bytes(task.neighbours(gallery))
     if labels is not None and hasattr(backbone, "architecture"):
         result = run_probe(
-            backbone, _untrained(config, None, config.data.resolution).to(device), labels,
+            backbone, untrained_network(config, None, config.data.resolution).to(device), labels,
             resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, device=device,
-            seed=config.optim.seed, model=config.method.model,
+            seed=config.optim.seed, raw=config.data.values == "raw", model=config.method.model,
         )  # fmt: skip
-        run.write("probe.json", {**result, "data": config.system.eval_data})
+        run.write("probe.json", {"data": config.system.eval_data, **result})
     write_report(run.path)
 
 
 def _open(
-    folder: Path, config: Config, files: ImageFiles, held_out: list[str], device: torch.device, here: Ranks
+    folder: Path, config: Config, files: ImageTable, held_out: list[int], device: torch.device, here: Ranks
 ) -> Run:
     """Writes what a run folder says of itself before the first step."""
     if here.first:
         write_config(folder, config)
         run = Run(folder)
         run.write("environment.json", environment(device))
-        facts = {"images": len(files.files), "bytes": files.bytes, "formats": files.formats, "held_out": len(held_out)}
+        facts = {"images": len(files), "bytes": files.bytes, "formats": files.formats, "held_out": len(held_out)}
         run.write("data.json", {"paths": config.data.paths, **facts, "fingerprint": files.fingerprint})
     barrier()
     return Run(folder)
-
-
-def _backbone(config: Config, network: nn.Module | None) -> Network:
-    if network is not None:
-        return network
-    method = config.method
-    return build(method.model, config.data.resolution, model_args=method.model_args, pretrained=method.pretrained)
-
-
-def _untrained(config: Config, network: nn.Module | None, side: int) -> Network:
-    """The network as the run began with it: the same seed, the same start."""
-    if network is not None:
-        raise UserError("a module of your own has no untrained twin here; probe it before and after training")
-    torch.manual_seed(derive(config.optim.seed, "init"))
-    return _backbone(update(config, {"resolution": side}), None)
-
-
-def _trained(run: Run, network: nn.Module | None, side: int | None = None) -> Network:
-    """The run's network with the weights of its newest checkpoint, at another image size if asked for."""
-    config = run.config
-    found, _ = Checkpoints(run.path / "checkpoints").latest()
-    if found is None:
-        raise UserError(f"{run.path} has no checkpoint yet")
-    backbone = _backbone(update(config, {"pretrained": False}), network)
-    mim = build_mim(config, backbone)
-    mim.load_state_dict({name.removeprefix("mim."): value for name, value in found.tensors["model"].items()})
-    if side not in (None, config.data.resolution):
-        folder = _export(run, backbone, run.exported)
-        return build(f"local-dir:{folder.resolve()}", side, pretrained=True)
-    return backbone
-
-
-def _export(run: Run, backbone: Network, folder: Path) -> Path:
-    config, data, status = run.config, run.read("data.json") or {}, run.status
-    card = {
-        "method": f"{config.method.recipe}: {config.method.target} targets, {config.method.mask_ratio:.0%} hidden",
-        "images": f"{data.get('images', '?')} images, resolution {config.data.resolution} px",
-        "samples seen": f"{status['samples']} ({status['step']} steps of {config.optim.global_batch})",
-        "seed": str(config.optim.seed),
-    }
-    if not hasattr(backbone, "architecture"):
-        return export_state(backbone.weights(), folder, card)
-    return export_timm(
-        backbone.architecture, backbone.create_args, backbone.weights(), folder,
-        resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, card=card,
-    )  # fmt: skip
 
 
 def _decoder(config: Config) -> str:
     method = config.method
     size = f", {method.decoder_dim} channels, depth {method.decoder_depth}" if method.decoder == "transformer" else ""
     return method.decoder + size
-
-
-def _images(config: Config) -> ImageFiles:
-    if not config.data.paths:
-        raise UserError("no images given: name a folder, as in 'fastmim pretrain images/'")
-    files = scan(config.data.paths)
-    first_look(files.files)
-    return files
-
-
-def _split(config: Config, files: ImageFiles) -> tuple[list[str], list[str]]:
-    """(training, held-out) images; a pure function of the seed and the files' names."""
-    count = min(512, round(config.data.holdout * len(files.files)))
-    order = np.random.default_rng(derive(config.optim.seed, "holdout")).permutation(len(files.files))
-    unseen = set(order[:count].tolist())
-    train = [file for index, file in enumerate(files.files) if index not in unseen]
-    return train, [files.files[index] for index in sorted(unseen)]
-
-
-def _steps(config: Config, images: int) -> int:
-    assert config.optim.global_batch is not None
-    return max(1, round(config.optim.epochs * images / config.optim.global_batch))
-
-
-def _with_micro_batch(config: Config, task: Pretrain, device: torch.device, here: Ranks) -> Config:
-    assert config.optim.global_batch is not None
-
-    def example(count: int) -> dict[str, Tensor]:
-        side = config.data.resolution
-        images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
-        return {"images": images, "keys": torch.arange(count, device=device)}
-
-    size = find_micro_batch(task, example, config.optim.global_batch // here.world, device, free_memory(device))
-    return update(config, {"micro_batch": size})
 
 
 def _changed(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -24,7 +24,10 @@ MAY_IMPORT = {
     "tasks": {"data", "backbones", "mim"},
     "train": set(),
 }
-TOP = {"__init__", "runs", "run_folder", "export", "demo", "doctor", "cli", "cli_options", "report", "__main__"}
+TOP = {
+    *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
+    *("cli", "cli_data", "cli_options"),
+}
 LIGHT = ["fastmim", "fastmim.errors", "fastmim.seeding", "fastmim.config", "fastmim.recipes", "fastmim.cli"]
 
 

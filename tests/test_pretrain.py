@@ -21,6 +21,7 @@ from fastmim.cli import main
 from fastmim.config import Config, update
 from fastmim.data.scan import scan
 from fastmim.errors import UserError
+from fastmim.run_images import split
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.engine import NotLearningError
 
@@ -151,9 +152,10 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path) -> None:
 def test_a_held_out_image_that_cannot_be_read_costs_only_its_loss(photos: Path, tmp_path: Path) -> None:
     images = shutil.copytree(photos, tmp_path / "images")
     config = update(Config(), {**TINY, "data": str(images)})
-    _, held_out = runs._split(config, scan([str(images)]))
+    table = scan([str(images)])
+    _, held_out = split(config, table)
     assert len(held_out) == 1
-    Path(held_out[0]).write_bytes(b"")
+    Path(table.path(held_out[0])).write_bytes(b"")
     run = fastmim.pretrain(config, out=tmp_path / "run")
     assert run.status["state"] == "finished" and {line["kind"] for line in run.metrics} == {"train"}
 

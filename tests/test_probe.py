@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastmim.data.labelled import labelled
 from fastmim.errors import UserError
-from fastmim.tasks import probe
+from fastmim.tasks import features, probe
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 
@@ -57,7 +57,7 @@ def test_features_equal_a_plain_loop_and_leave_the_network_as_it_was() -> None:
     network.norm.eval()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     loader, seen = batches(10, 4, with_labels=True), list[int]()
-    vectors, labels = probe.features(network, loader, torch.device("cpu"), MEAN, STD, progress=seen.append)
+    vectors, labels = features.features(network, loader, torch.device("cpu"), MEAN, STD, progress=seen.append)
 
     assert (network.training, network.norm.training, network.drop.training) == (True, False, True)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
@@ -73,14 +73,14 @@ def test_features_equal_a_plain_loop_and_leave_the_network_as_it_was() -> None:
 
 def test_features_without_labels_and_without_images() -> None:
     device = torch.device("cpu")
-    assert probe.features(Network(), batches(3, 2, with_labels=False), device, MEAN, STD)[1] is None
+    assert features.features(Network(), batches(3, 2, with_labels=False), device, MEAN, STD)[1] is None
     with pytest.raises(UserError, match="none of the images"):
-        probe.features(Network(), [], device, MEAN, STD)
+        features.features(Network(), [], device, MEAN, STD)
 
 
 def test_pixel_features_are_means_of_squares() -> None:
     loader = batches(5, 2, with_labels=True)
-    vectors, labels = probe.pixel_features(loader, side=4)
+    vectors, labels = features.pixel_features(loader, side=4)
     assert vectors.shape == (5, 48) and labels is not None and labels.tolist() == [0, 1, 2, 3, 4]
     square = loader[1]["images"][1][2, 4:8, 8:12].float() / 255
     torch.testing.assert_close(vectors[3].view(3, 4, 4)[2, 1, 2], square.mean())
@@ -341,7 +341,7 @@ def test_run_probe_on_a_folder(shelves: Path) -> None:
         progress=seen.append,
     )
     assert json.loads(json.dumps(result)) == result
-    keys = ["data", "model", "classes", "train", "val", "resolution", "rows", "summary", "verdict"]
+    keys = ["model", "classes", "train", "val", "resolution", "rows", "summary", "verdict"]
     assert list(result) == keys
     assert (result["data"], result["model"], result["classes"]) == (str(shelves), "colours", 2)
     assert result["train"] + result["val"] == 80, "the broken file is not counted"

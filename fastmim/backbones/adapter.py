@@ -33,7 +33,7 @@ class Backbone(Protocol):
 
     stages: tuple[Stage, ...]
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
         """One dense map for each of ``stages``, shallow to deep; ``h = H / stride``."""
         ...
 
@@ -102,7 +102,7 @@ class TimmBackbone(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B h w"] | None = None,
         hidden: int | None = None,
     ) -> list[Float[Tensor, "B _C _h _w"]]:
@@ -136,12 +136,12 @@ class TimmBackbone(nn.Module):
         exempt = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
         return exempt | ({"mask_token"} if self.mask_token is not None else set())
 
-    def _dense(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
+    def _dense(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
         maps = intermediates(self.model, images, self._indices, self._norm)
         return [_resize(one, images.shape[-1] // stage.stride) for one, stage in zip(maps, self.stages, strict=True)]
 
     def _dropped(
-        self, images: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B h w"], hidden: int, gather: "GatherVisible"
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B h w"], hidden: int, gather: "GatherVisible"
     ) -> list[Float[Tensor, "B _C _h _w"]]:
         places = mask[0].numel()
         # A stable sort lists the visible places first, in their order; nonzero() would wait for the device.

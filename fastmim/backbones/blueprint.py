@@ -153,7 +153,8 @@ def intermediates(
 def probe(model: TimmModel, resolution: int, indices: tuple[int, ...]) -> tuple[bool, list[Tensor]]:
     """Whether the final norm can be applied (Hiera cannot), and the maps of one empty image; leaves eval mode on."""
     model.eval()  # one image is too few for batch norm, and must not change its statistics
-    images = torch.zeros(1, 3, resolution, resolution, device=next(model.parameters()).device)
+    channels = get_model_args(model).get("in_chans", 3)
+    images = torch.zeros(1, channels, resolution, resolution, device=next(model.parameters()).device)
     try:
         return True, intermediates(model, images, indices, norm=True)
     except AssertionError:

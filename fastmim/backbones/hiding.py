@@ -33,12 +33,13 @@ class HidingBackbone(nn.Module):
             `fastmim.backbones.adapter.Backbone`.
         how: "pixels" paints hidden blocks in a learnt colour, in front of the network, and so works with every one.
             "tokens" and "drop" are done by the backbone itself, see `HidesItself`.
+        channels: of the images.
 
     Raises:
         UserError: a member is missing, or the backbone cannot hide in this way.
     """
 
-    def __init__(self, backbone: nn.Module, how: str = "pixels") -> None:
+    def __init__(self, backbone: nn.Module, how: str = "pixels", channels: int = 3) -> None:
         super().__init__()
         require_backbone(backbone)
         ways = {"pixels"} | set(getattr(backbone, "hides", ()))
@@ -47,7 +48,7 @@ class HidingBackbone(nn.Module):
         self.backbone: Any = backbone
         self.how = how
         if how == "pixels":
-            self.colour = nn.Parameter(torch.zeros(1, 3, 1, 1))  # images are normalised: 0 is their mean
+            self.colour = nn.Parameter(torch.zeros(1, channels, 1, 1))  # images are normalised: 0 is their mean
         else:
             cast(HidesItself, backbone).hide_by(how)
 
@@ -71,7 +72,7 @@ class HidingBackbone(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B g g"] | None = None,
         hidden: int | None = None,
     ) -> list[Float[Tensor, "B _C _h _w"]]:
@@ -124,14 +125,14 @@ def require_backbone(network: nn.Module) -> None:
         raise UserError(f"{kind} has no method 'weights'; {needs}")
 
 
-def _block(images: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B g g"]) -> int:
+def _block(images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B g g"]) -> int:
     side, blocks = images.shape[-1], mask.shape[-1]
     if images.shape[-2] != side or side % blocks:
         raise UserError(f"a mask of {blocks} x {blocks} blocks does not divide images of {tuple(images.shape[-2:])} px")
     return side // blocks
 
 
-def _check_maps(maps: list[Tensor], stages: tuple[Stage, ...], images: Float[Tensor, "B 3 H W"]) -> None:
+def _check_maps(maps: list[Tensor], stages: tuple[Stage, ...], images: Float[Tensor, "B C H W"]) -> None:
     expected = [
         (len(images), stage.channels, images.shape[-2] // stage.stride, images.shape[-1] // stage.stride)
         for stage in stages

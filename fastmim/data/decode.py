@@ -1,235 +1,208 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One image file -> upright RGB pixels, or ``BadImage`` with the reason. Nothing else can come of any file.
+"""The bytes of one image -> upright pixels, or ``BadImage`` with the reason. Nothing else can come of any bytes.
 
-A file of a large folder may be damaged, huge, a pipe, or made to do harm. So: only regular files are opened, only
-eight formats are tried (Pillow knows many more, one of which starts a program), and the size is judged from the header
-before any pixel is decoded.
+A file of a large folder may be damaged, huge, or made to do harm. So: only a few formats are tried, the size is judged
+from the header before any pixel is decoded, and whatever a decoder raises becomes ``BadImage``.
 """
 
-import io
-import stat
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-from jaxtyping import Num, UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError
+from jaxtyping import Float32, UInt8
+from torch import Tensor
 
+from fastmim.data import tiff
 from fastmim.data.augment import Box
+from fastmim.data.bands import open_bands
+from fastmim.data.dicom import colours_of, is_dicom, open_dicom, read_dataset
+from fastmim.data.jpeg import MAGIC as JPEG
+from fastmim.data.jpeg import open_jpeg, read_header
+from fastmim.data.pillow import PillowPicture, bands_of
+from fastmim.data.read import BadImage
+from fastmim.data.resize import Region
+from fastmim.data.stored import MAX_PIXELS, MAX_SIDE, Pixels, Stored, only_bad_images
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-MAX_BYTES = 256 * 2**20
-MAX_PIXELS = 64_000_000
-MAX_SIDE = 2**16
-# How much larger than the result a JPEG that is decoded at reduced size must still be: from 1.5 times on, antialiased
-# resizing hides the difference to the full decode (measured by tests/test_decode.py).
-DRAFT_MARGIN = 1.5
-
-# EXIF orientation -> what makes the stored picture upright, and how upright coordinates go back to stored ones.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 AXES_SWAPPED, X_MIRRORED, Y_MIRRORED = {5, 6, 7, 8}, {2, 3, 7, 8}, {3, 4, 6, 7}
-
-
-class BadImage(Exception):  # noqa: N818 - the fault is the image's
-    """A file that cannot be used as an image.
-
-    ``reason`` is one of: missing, unreadable, not a regular file, empty, too many bytes, not an image,
-    too many pixels, truncated, damaged, no finite values.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+GIF_FRAME = re.compile(rb"!\xf9\x04.{4}\x00", re.DOTALL)
+LONG_GIF = 2**22
+MAX_TILE = 2**24
 
 
 @dataclass(frozen=True)
 class UprightImage:
-    """An image whose size is known and whose pixels are not decoded yet. ``crop`` or ``whole`` may be called once."""
+    """An image whose size is known and whose pixels are not decoded yet."""
 
     width: int
+    """Pixels of the upright picture."""
     height: int
-    _stored: Image.Image
-    _orientation: int
+    """Pixels of the upright picture."""
+    _stored: Stored
 
-    def crop(self, box: Box, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """The part inside ``box`` (upright pixels), resized with antialiasing; writable.
+    def crop(self, box: Box, size: int) -> UInt8[Tensor, "C {size} {size}"] | Float32[Tensor, "C {size} {size}"]:
+        """The part inside ``box`` (upright pixels), resized with antialiasing to a square of ``size`` pixels.
 
-        Raises:
-            BadImage: the pixels cannot be decoded.
-        """
-        shrink = next((s for s in (8, 4, 2) if min(_sides(box)) >= DRAFT_MARGIN * size * s), 1)
-        with _pillow():
-            left, top, right, bottom = _stored_box(box, self._orientation, *self._stored.size)
-            if shrink > 1:
-                width, height = self._stored.size
-                # JPEG only (libjpeg leaves out high frequencies); the other formats answer None and stay as they are.
-                drafted = self._stored.draft(None, (width // shrink, height // shrink))
-                shrink = shrink if drafted else 1
-            pixels = _to_rgb(self._stored)
-            scaled = (left / shrink, top / shrink, right / shrink, bottom / shrink)
-            # Turning comes last, because the result is small and the source may be large.
-            result = pixels.resize((size, size), Image.Resampling.BICUBIC, box=scaled)
-            return np.array(self._turn(result))
-
-    def whole(self) -> UInt8[np.ndarray, "H W 3"]:
-        """All pixels at full size; writable.
+        Its memory may be laid out in any way.
 
         Raises:
             BadImage: the pixels cannot be decoded.
         """
-        with _pillow():
-            return np.array(self._turn(_to_rgb(self._stored)))
+        stored = self._stored
+        # Turning comes last, because the result is small and the source may be large.
+        return _turn(stored.crop(_stored_box(box, stored), size), stored.orientation)
 
-    def _turn(self, image: Image.Image) -> Image.Image:
-        method = UPRIGHT.get(self._orientation)
-        return image if method is None else image.transpose(method)
+    def whole(self) -> Pixels:
+        """All pixels at full size.
+
+        Raises:
+            BadImage: the pixels cannot be decoded.
+        """
+        return _turn(self._stored.whole(), self._stored.orientation)
 
 
-def open_image(path: str) -> UprightImage:
-    """Read the bytes and the header of ``path``, and judge both.
+@dataclass(frozen=True)
+class Facts:
+    """What the header of an image says."""
+
+    format: str
+    """jpeg, png, webp, bmp, tiff, gif, avif or dicom."""
+    width: int
+    """Pixels of the upright picture."""
+    height: int
+    """Pixels of the upright picture."""
+    channels: int
+    """As stored, with transparency; a palette counts as the colours that it stands for."""
+    dtype: str
+    """Of the stored values: uint8, uint16, float32 ..."""
+    frames: int
+    """Pages or pictures of an animation; only the first is used."""
+
+
+def open_image(content: bytes, channels: int = 3, raw: bool = False) -> UprightImage:
+    """Read the header of an encoded image, and judge it.
+
+    Args:
+        content: the bytes of a file.
+        channels: 3 for colour (grey is repeated), 1 for grey (the luma of colour), both without transparency; any
+            other number must be the file's own, transparency included.
+        raw: give the stored values as float32, those of a DICOM in the modality's units. Otherwise bytes: 16 bits are
+            scaled by 1 / 257, one channel of floats or wider integers by its own smallest and largest value, and
+            DICOM as a viewer would show it.
 
     Raises:
-        BadImage: not a regular file, too large, or no image of a known format.
+        BadImage: no image of a known format, too large, or without such channels.
+        UserError: an extra that such files need is not installed.
     """
-    content = io.BytesIO(_read_bytes(Path(path)))
-    with _pillow():
-        stored = Image.open(content, formats=FORMATS)
-        width, height = stored.size
-        if min(width, height) < 1:
-            raise BadImage("damaged")
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise BadImage("too many pixels")
-        orientation = _orientation(stored)
-    if orientation in AXES_SWAPPED:
+    stored = _open(content, channels, raw)
+    width, height = stored.width, stored.height
+    if stored.orientation in AXES_SWAPPED:
         width, height = height, width
-    return UprightImage(width, height, stored, orientation)
+    return UprightImage(width, height, stored)
 
 
-def read_crop(path: str, box_of: Callable[[int, int], Box], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """A square of ``size`` pixels from ``path``: ``box_of(width, height)`` chooses the part, in upright pixels.
-
-    A JPEG that is much larger than needed is decoded at a half, a quarter or an eighth of its size.
+def facts(content: bytes) -> Facts:
+    """What the header says; no pixel is decoded, but those of a PNG that names an orientation.
 
     Raises:
-        BadImage: the file cannot be used.
+        BadImage: no image of a known format, or too large (TIFF and DICOM may be of any size here).
+        UserError: pydicom is needed and not installed.
     """
-    image = open_image(path)
-    return image.crop(box_of(image.width, image.height), size)
+    if is_dicom(content):
+        return _dicom_facts(content)
+    if tiff.is_tiff(content):
+        head = tiff.read_header(content)
+        size = (head.height, head.width) if head.orientation in AXES_SWAPPED else (head.width, head.height)
+        return Facts(
+            "tiff",
+            *size,
+            3 if head.photometric == tiff.PALETTE else head.samples,
+            head.dtype,
+            tiff.count_pages(content),
+        )
+    header = read_header(content) if content.startswith(JPEG) else None
+    if header is not None:
+        swapped = header.segments.orientation in AXES_SWAPPED
+        size = (header.height, header.width) if swapped else (header.width, header.height)
+        return Facts("jpeg", *size, header.colours, "uint8", 1)
+    return _pillow_facts(content)
 
 
-def read_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
-    """All of ``path``, upright, at full size.
-
-    Raises:
-        BadImage: the file cannot be used.
-    """
-    return open_image(path).whole()
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        status = path.stat()
-        # Before opening: opening a pipe waits for ever, and a device may do anything.
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
-        if status.st_size == 0:
-            raise BadImage("empty")
-        if status.st_size > MAX_BYTES:
-            raise BadImage("too many bytes")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BadImage("missing") from None
-    except OSError as error:
-        raise BadImage("unreadable") from error
+def _open(content: bytes, channels: int, raw: bool) -> Stored:
+    if content.startswith(JPEG):
+        return open_jpeg(content, channels, raw)
+    if is_dicom(content):  # before TIFF: some have the header of one in front, for readers of either kind
+        return open_dicom(content, channels, raw)
+    if tiff.is_tiff(content):
+        return _open_tiff(content, channels, raw)
+    return PillowPicture.open(content, channels, raw)
 
 
-@contextmanager
-def _pillow() -> Iterator[None]:
-    """Turns whatever Pillow raises into ``BadImage``: a damaged file may raise TypeError as well as OSError.
-
-    Warnings are silenced: they tell of odd metadata, of which a large folder has much, and of large pictures, which
-    are judged here.
-    """
-    with warnings.catch_warnings(action="ignore"):
+def _open_tiff(content: bytes, channels: int, raw: bool) -> Stored:
+    """By Pillow if it shows what is asked for, as it is; else by rasterio."""
+    header = tiff.read_header(content)
+    width, height = header.width, header.height
+    small = width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE
+    tile_width, tile_height = header.tile or (1, 1)
+    if tile_width * tile_height > max(MAX_TILE, 4 * width * height):
+        raise BadImage("too many pixels")  # of which nearly all are outside of the picture
+    deep_colour = header.samples > 1 and header.bits > 8 and (raw or channels not in (1, 3))
+    signed_bytes = header.dtype == "int8"  # which Pillow takes for unsigned ones
+    if small and header.samples <= 4 and not deep_colour and not signed_bytes:
         try:
-            yield
-        except BadImage:
+            picture = PillowPicture.open(content, channels, raw, header)
+        except BadImage as bad:
+            if bad.reason == "not an image" or channels not in (1, 3):  # for Pillow
+                return open_bands(content, header, channels, raw)
             raise
-        except UnidentifiedImageError as error:
-            raise BadImage("not an image") from error
-        except Image.DecompressionBombError as error:
-            raise BadImage("too many pixels") from error
-        except Exception as error:
-            cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-            raise BadImage("truncated" if cut else "damaged") from error
+        if header.samples in (1, bands_of(picture.image)[0]) or channels in (1, 3):
+            return picture
+    return open_bands(content, header, channels, raw)
 
 
-def _orientation(stored: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or it cannot be read."""
-    if stored.format == "TIFF":
-        return 1  # Pillow turns TIFF itself, and gives the upright size
-    if stored.format == "PNG":
-        # In PNG the EXIF may stand behind the pixels, so that getexif decodes them. Here a failure is seen; after a
-        # failure inside getexif, the next load would give the half decoded picture without a word.
-        stored.load()
-    try:
-        value = stored.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken metadata says nothing against the pixels
-        return 1
-    return value if value in UPRIGHT else 1
+def _dicom_facts(content: bytes) -> Facts:
+    dataset = read_dataset(content)
+    with only_bad_images():
+        sign = "int" if int(dataset.get("PixelRepresentation", 0)) else "uint"
+        return Facts(
+            "dicom",
+            int(dataset.Columns),
+            int(dataset.Rows),
+            colours_of(dataset),
+            f"{sign}{max(8, int(dataset.BitsAllocated))}",
+            int(dataset.get("NumberOfFrames") or 1),
+        )
 
 
-def _sides(box: Box) -> tuple[int, int]:
-    return box.right - box.left, box.bottom - box.top
+def _pillow_facts(content: bytes) -> Facts:
+    with only_bad_images():
+        picture = PillowPicture.open(content, 3, False)
+        image = picture.image
+        channels = bands_of(image)[0]
+        swapped = picture.orientation in AXES_SWAPPED
+        name = "jpeg" if image.format == "MPO" else str(image.format).lower()
+        # Pillow counts the frames of a GIF by going through all of them, which may be millions.
+        many = name == "gif" and len(content) > LONG_GIF
+        frames = len(GIF_FRAME.findall(content)) if many else int(getattr(image, "n_frames", 1))
+        deep = picture.deep or image.mode.startswith("I")
+        size = (picture.height, picture.width) if swapped else (picture.width, picture.height)
+        return Facts(name, *size, channels, "uint16" if deep else "uint8", max(frames, 1))
 
 
-def _stored_box(box: Box, orientation: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """``box`` of the upright picture, as a box of the stored one, which is ``width`` x ``height``."""
+def _stored_box(box: Region, stored: Stored) -> Region:
+    """``box`` of the upright picture, as a box of the stored one."""
     left, top, right, bottom = box
-    if orientation in AXES_SWAPPED:
+    if stored.orientation in AXES_SWAPPED:
         left, top, right, bottom = top, left, bottom, right
-    if orientation in X_MIRRORED:
-        left, right = width - right, width - left
-    if orientation in Y_MIRRORED:
-        top, bottom = height - bottom, height - top
+    if stored.orientation in X_MIRRORED:
+        left, right = stored.width - right, stored.width - left
+    if stored.orientation in Y_MIRRORED:
+        top, bottom = stored.height - bottom, stored.height - top
     return left, top, right, bottom
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode, and bring any kind of colour to 8-bit RGB; transparency is dropped.
-
-    Grey of more than 8 bits is scaled here, because Pillow's own conversion cuts at 255: all white, or all black.
-    """
-    image.load()
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F":
-        image = Image.fromarray(_stretch(np.asarray(image)))
-    elif image.mode.startswith("I"):
-        values = np.asarray(image)
-        sixteen_bit = values.min() >= 0 and values.max() <= 65535
-        image = Image.fromarray(
-            ((values.astype(np.uint32) + 128) // 257).astype(np.uint8) if sixteen_bit else _stretch(values)
-        )
-    return image.convert("RGB")
-
-
-def _stretch(values: Num[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W"]:
-    """The picture's own smallest to largest value as 0 to 255; values that are not finite become the smallest."""
-    finite = values[np.isfinite(values)].astype(np.float64)
-    if finite.size == 0:
-        raise BadImage("no finite values")
-    low, high = finite.min(), finite.max()
-    scaled = (np.where(np.isfinite(values), values, low).astype(np.float64) - low) * (255 / ((high - low) or 1.0))
-    return np.rint(scaled).astype(np.uint8)
+def _turn(
+    stored: UInt8[Tensor, "C H W"] | Float32[Tensor, "C H W"], orientation: int
+) -> UInt8[Tensor, "C _ _"] | Float32[Tensor, "C _ _"]:
+    """The stored picture made upright: the way back of ``_stored_box``."""
+    flipped = [axis for axis, mirrored in ((2, X_MIRRORED), (1, Y_MIRRORED)) if orientation in mirrored]
+    pixels = stored.flip(flipped) if flipped else stored
+    return pixels.transpose(1, 2) if orientation in AXES_SWAPPED else pixels

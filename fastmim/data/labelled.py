@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with labels, for measuring only: a folder of class folders, as ImageFolder and timm read it."""
+"""Images with labels, for measuring only: class folders, as ImageFolder and timm read them, of any source."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastmim.data.scan import scan
+from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 from fastmim.seeding import derive
 
 VAL_NAMES = ("val", "valid", "test")
 WANTED = "wanted class folders with images, or train/ and val/ with class folders"
+
+Classes = Mapping[str, list[int]]
+"""Class -> rows of the table."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class Labelled:
     """Two labelled sets. A label is the place of the class in ``classes``, which are sorted by name."""
 
     classes: tuple[str, ...]
-    train_files: tuple[str, ...]
+    train: ImageTable
     train_labels: tuple[int, ...]
-    val_files: tuple[str, ...]
+    val: ImageTable
     val_labels: tuple[int, ...]
     split: str
     """How the two sets came about, in words."""
@@ -31,62 +35,57 @@ def labelled(path: str, seed: int = 0, val_share: float = 0.2) -> Labelled:
     Without a val folder, ``val_share`` of each class (at least one image) is held out, as a pure function of ``seed``.
 
     Raises:
-        UserError: not a folder, fewer than two classes, a class with fewer than two images, or a class of val that
-            train does not have.
+        UserError: fewer than two classes, a class with fewer than two images, or a class of val that train does not
+            have.
     """
-    root = Path(path).expanduser().absolute()
-    if not root.is_dir():
-        raise UserError(f"{str(root)!r} is not a folder; {WANTED}")
-    train_root = root / "train" if _class_folders(root / "train") else root
-    val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
-    train = _read_classes(train_root)
-    classes = tuple(train)
-    if train_root == root or val_root is None:
-        return _split(classes, train, seed, val_share)
-    val = {folder.name: scan([str(folder)]).files for folder in _class_folders(val_root)}
+    table = scan([path])
+    split_folders, val_name, train, val = _classes(table)
+    where = f"{path!r}" if not split_folders else f"{f'{path}/train'!r}"
+    if len(train) < 2:
+        found = f"only {next(iter(train))!r}" if train else "none"
+        raise UserError(f"{where} needs at least two class folders, but has {found}; {WANTED}")
+    for name, rows in train.items():
+        if len(rows) < 2:
+            raise UserError(f"class {name!r} of {where} has one image, but needs at least two")
+    if not val_name:
+        return _pack(table, *_split(train, seed, val_share), f"{val_share:.0%} of each class held out, seed {seed}")
     unknown = [name for name in val if name not in train]
     if unknown or not val:
-        reason = f"class {unknown[0]!r} is not in {str(train_root)!r}" if unknown else "no class folders"
-        raise UserError(f"{str(val_root)!r}: {reason}; {WANTED}")
-    return _pack(classes, train, val, f"{train_root.name}/ and {val_root.name}/")
+        reason = f"class {unknown[0]!r} is not in {where}" if unknown else "no class folders"
+        raise UserError(f"{f'{path}/{val_name}'!r}: {reason}; {WANTED}")
+    return _pack(table, train, val, f"train/ and {val_name}/")
 
 
-def _read_classes(root: Path) -> dict[str, tuple[str, ...]]:
-    folders = _class_folders(root)
-    if len(folders) < 2:
-        found = f"only {folders[0].name!r}" if folders else "none"
-        raise UserError(f"{str(root)!r} needs at least two class folders, but has {found}; {WANTED}")
-    files = {folder.name: scan([str(folder)]).files for folder in folders}
-    for name, of_class in files.items():
-        if len(of_class) < 2:
-            raise UserError(f"class {name!r} of {str(root)!r} has one image, but needs at least two")
-    return files
+def _classes(table: ImageTable) -> tuple[bool, str, Classes, Classes]:
+    """Whether there is a train folder, the name of the val folder or "", and the rows of the classes of both."""
+    every = [table.name(row).split("/") for row in range(len(table))]
+    tops = {parts[0] for parts in every if len(parts) > 1}
+    split_folders = any(parts[0] == "train" and len(parts) > 2 for parts in every)
+    val_name = next((name for name in VAL_NAMES if name in tops), "") if split_folders else ""
+    train: dict[str, list[int]] = {}
+    val: dict[str, list[int]] = {}
+    for row, parts in enumerate(every):
+        if not split_folders and len(parts) > 1:
+            train.setdefault(parts[0], []).append(row)
+        elif split_folders and len(parts) > 2 and parts[0] in ("train", val_name):
+            (train if parts[0] == "train" else val).setdefault(parts[1], []).append(row)
+    return split_folders, val_name, dict(sorted(train.items())), dict(sorted(val.items()))
 
 
-def _class_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+def _split(classes: Classes, seed: int, val_share: float) -> tuple[Classes, Classes]:
+    train: dict[str, list[int]] = {}
+    val: dict[str, list[int]] = {}
+    for label, (name, rows) in enumerate(classes.items()):
+        count = min(max(1, round(val_share * len(rows))), len(rows) - 1)
+        held_out = set(sorted(range(len(rows)), key=lambda place: derive(seed, "split", label, place))[:count])
+        train[name] = [row for place, row in enumerate(rows) if place not in held_out]
+        val[name] = [row for place, row in enumerate(rows) if place in held_out]
+    return train, val
 
 
-def _split(classes: tuple[str, ...], files: dict[str, tuple[str, ...]], seed: int, val_share: float) -> Labelled:
-    train: dict[str, tuple[str, ...]] = {}
-    val: dict[str, tuple[str, ...]] = {}
-    for label, name in enumerate(classes):
-        of_class = files[name]
-        count = min(max(1, round(val_share * len(of_class))), len(of_class) - 1)
-        drawn = sorted(range(len(of_class)), key=lambda place: derive(seed, "split", label, place))
-        held_out = set(drawn[:count])
-        train[name] = tuple(file for place, file in enumerate(of_class) if place not in held_out)
-        val[name] = tuple(file for place, file in enumerate(of_class) if place in held_out)
-    return _pack(classes, train, val, f"{val_share:.0%} of each class held out, seed {seed}")
+def _pack(table: ImageTable, train: Classes, val: Classes, split: str) -> Labelled:
+    def flat(rows: Classes) -> tuple[ImageTable, tuple[int, ...]]:
+        pairs = [(row, label) for label, name in enumerate(train) for row in rows.get(name, ())]
+        return table.take([row for row, _ in pairs]), tuple(label for _, label in pairs)
 
-
-def _pack(
-    classes: tuple[str, ...], train: dict[str, tuple[str, ...]], val: dict[str, tuple[str, ...]], split: str
-) -> Labelled:
-    def flat(files: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        pairs = [(file, label) for label, name in enumerate(classes) for file in files.get(name, ())]
-        return tuple(file for file, _ in pairs), tuple(label for _, label in pairs)
-
-    return Labelled(classes, *flat(train), *flat(val), split)
+    return Labelled(tuple(train), *flat(train), *flat(val), split)

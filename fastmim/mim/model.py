@@ -13,6 +13,13 @@ from fastmim.mim.decoder import Decoder
 from fastmim.mim.masking import Masking
 from fastmim.mim.targets import Target
 
+Images = UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"]
+
+
+def as_floats(images: Images) -> Float[Tensor, "B C H W"]:
+    """Bytes as 0 to 1; floats, which are raw values, as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
 
 class MIMOutput(NamedTuple):
     """Everything that a step computes, so that it can be looked at."""
@@ -43,8 +50,8 @@ class MIM(nn.Module):
         target: images to what is predicted.
         masking: keys of samples to masks.
         block: side of a hidden block in pixels.
-        mean: subtracted from each colour (0 to 1).
-        std: each colour is divided by it.
+        mean: subtracted from each channel (bytes count as 0 to 1).
+        std: each channel is divided by it.
         loss: "l2" or "l1".
     """
 
@@ -68,14 +75,14 @@ class MIM(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images: UInt8[Tensor, "B C H W"], keys: Int64[Tensor, " B"]) -> MIMOutput:
+    def forward(self, images: Images, keys: Int64[Tensor, " B"]) -> MIMOutput:
         """One prediction of the hidden part of each image.
 
         Args:
-            images: crops of 0 to 255 whose side is a multiple of ``block``.
+            images: crops whose side is a multiple of ``block``; bytes, or floats in the units of mean and std.
             keys: one seed per image; its mask follows from it.
         """
-        normalised = (images.float() / 255 - self.mean) / self.std
+        normalised = (as_floats(images) - self.mean) / self.std
         side = images.shape[-1] // self.block
         mask = self.masking(keys, side)
         target = self.target(normalised)

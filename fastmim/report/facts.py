@@ -164,8 +164,8 @@ def waiting_hint(share: float) -> str:
     if share <= 0.05:
         return ""
     return (
-        "The device often stood idle because images came too slowly. It would run faster with more --workers, with the "
-        "images on a local disk, or with the images stored smaller (a little above the training resolution is enough)."
+        "The device often stood idle because images came too slowly. It would run faster with more --workers, with "
+        "--cache ram if the images fit into memory, or with images that 'fastmim prepare' has made small once."
     )
 
 

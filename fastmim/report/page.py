@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastmim.config import Config
+from fastmim.config import Config, DataConfig
 from fastmim.errors import UserError
 from fastmim.report import facts, figures, verdict
 from fastmim.report.curves import Chart, Series, draw_chart, is_number, read_series
@@ -91,7 +91,7 @@ def _report(run: RunFolder) -> dict[str, Any]:
         "waiting": facts.waiting_hint(speed[1]) if speed else "",
         "speed_charts": chart,
         "kind": shown.kind if shown else "",
-        "samples": figures.reconstruction_rows(shown, data.mean, data.std) if shown else [],
+        "samples": figures.reconstruction_rows(shown, *_colours(data)) if shown else [],
         "comparisons": found,
         "setting": verdict.setting(probe) if probe else "",
         "chance": 100 / probe["classes"] if probe else 0.0,
@@ -105,6 +105,13 @@ def _report(run: RunFolder) -> dict[str, Any]:
         "environment": list(facts.flat(run.environment)),
         "missing": [(name, USES[name]) for name in run.missing],
     }
+
+
+def _colours(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the three colours that pictures of pixels are drawn in (tasks/pretrain.py: viewable)."""
+    if data.channels == 3 and data.values == "8bit" and data.mean and data.std:
+        return data.mean, data.std
+    return (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def _tiles(run: RunFolder, found: Sequence[verdict.Comparison]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone
@@ -13,13 +14,16 @@ from fastmim.backbones.hiding import HidingBackbone
 from fastmim.config import Config
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
+from fastmim.data.pictures import Pictures
+from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 from fastmim.mim.decoder import DECODERS, default_size
 from fastmim.mim.masking import MASKINGS
-from fastmim.mim.model import MIM
+from fastmim.mim.model import MIM, as_floats
 from fastmim.mim.targets import TARGETS
+from fastmim.tasks.features import features
 from fastmim.tasks.param_groups import decay_groups
-from fastmim.tasks.probe import effective_rank, features, knn_accuracy, linear_accuracy, nearest_neighbours
+from fastmim.tasks.probe import effective_rank, knn_accuracy, linear_accuracy, nearest_neighbours
 
 Batch = dict[str, Tensor]
 # Enough to judge by, and quick even on a CPU.
@@ -83,7 +87,12 @@ class Pretrain(nn.Module):
         with torch.no_grad():
             out = self.mim(images, keys)
         self.train(was_training)
-        content = {"images": images, "mask": out.mask, "target": out.target, "prediction": out.prediction.float()}
+        content = {
+            "images": viewable(images, self.config),
+            "mask": out.mask,
+            "target": self._shown(out.target),
+            "prediction": self._shown(out.prediction.float()),
+        }
         method = self.config.method
         metadata = {"target": method.target, "cell": str(self.mim.target.cell)}
         return safetensors.torch.save({name: value.cpu().contiguous() for name, value in content.items()}, metadata)
@@ -91,11 +100,19 @@ class Pretrain(nn.Module):
     def neighbours(self, loader: EvalLoader, queries: int = 6, count: int = 6) -> bytes:
         """Queries and their nearest images by the features' cosine, as the file that the report draws."""
         table, _ = self._features(loader)
-        images = torch.cat([batch["images"] for batch in loader])
+        images = torch.cat([viewable(batch["images"], self.config) for batch in loader])
         chosen = torch.linspace(0, len(table) - 1, min(queries, len(table))).long()
         found, similarity = nearest_neighbours(table, chosen, min(count, len(table) - 1))
         rows = torch.cat([chosen[:, None], found], dim=1)
         return safetensors.torch.save({"thumbs": images[rows].contiguous(), "similarity": similarity.contiguous()})
+
+    def _shown(self, cells: Tensor) -> Tensor:
+        """Of pixels of many channels, those that ``viewable`` shows; histograms of all."""
+        data, cell = self.config.data, self.mim.target.cell
+        if self.config.method.target == "hog" or data.channels == 3:
+            return cells
+        colours = cells.unflatten(1, (data.channels, cell * cell))
+        return colours[:, _shown_channels(data.channels)].flatten(1, 2)
 
     def _held_out_loss(self, loader: EvalLoader) -> float:
         was_training = self.training
@@ -110,6 +127,7 @@ class Pretrain(nn.Module):
 
     def _features(self, loader: EvalLoader) -> tuple[Tensor, Tensor | None]:
         data = self.config.data
+        assert data.mean is not None and data.std is not None
         return features(self.hiding.backbone, loader, self.mim.mean.device, data.mean, data.std)
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -120,12 +138,13 @@ def build_mim(config: Config, backbone: Backbone) -> MIM:
     """The model of a resolved configuration."""
     method, stage = config.method, backbone.stages[-1]
     assert method.block is not None and method.cell is not None
-    target = TARGETS[method.target](3, method.cell)
+    assert config.data.mean is not None and config.data.std is not None
+    target = TARGETS[method.target](config.data.channels, method.cell)
     size: dict[str, Any] = {}
     if method.decoder == "transformer":
         size = {"fill": method.hide == "drop", "dim": method.decoder_dim, "depth": method.decoder_depth}
     decoder = DECODERS[method.decoder](stage.channels, stage.stride, target.cell, target.channels, **size)
-    hiding = HidingBackbone(cast(nn.Module, backbone), method.hide)
+    hiding = HidingBackbone(cast(nn.Module, backbone), method.hide, config.data.channels)
     masking = MASKINGS["random"](method.mask_ratio)
     return MIM(hiding, decoder, target, masking, method.block, config.data.mean, config.data.std, method.loss)
 
@@ -182,11 +201,29 @@ def _optim(config: Config, images: int, world: int) -> dict[str, Any]:
 
 
 def _loaders(labelled: Labelled, config: Config) -> tuple[EvalLoader, EvalLoader]:
-    def some(files: Any, labels: Any) -> EvalLoader:
-        step = max(1, math.ceil(len(files) / _EVAL_IMAGES))
-        return EvalLoader(files[::step], resolution=config.data.resolution, batch_size=256, labels=labels[::step])
+    data = config.data
 
-    return some(labelled.train_files, labelled.train_labels), some(labelled.val_files, labelled.val_labels)
+    def some(table: ImageTable, labels: tuple[int, ...]) -> EvalLoader:
+        rows = range(0, len(table), max(1, math.ceil(len(table) / _EVAL_IMAGES)))
+        pictures = Pictures(table.take(rows), data.channels, data.values == "raw")
+        return EvalLoader(pictures, resolution=data.resolution, batch_size=256, labels=[labels[row] for row in rows])
+
+    return some(labelled.train, labelled.train_labels), some(labelled.val, labelled.val_labels)
+
+
+def viewable(images: Tensor, config: Config) -> UInt8[Tensor, "N 3 S S"]:
+    """Images as people can look at them: of other than 8-bit colour, the first channels, two deviations each way."""
+    data = config.data
+    if data.channels == 3 and data.values == "8bit":
+        return images
+    assert data.mean is not None and data.std is not None
+    mean, std = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (data.mean, data.std))
+    levels = ((as_floats(images.cpu()) - mean) / std)[:, _shown_channels(data.channels)] / 4 + 0.5
+    return (levels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _shown_channels(channels: int) -> list[int]:
+    return [0, 1, 2] if channels >= 3 else [0, 0, 0]
 
 
 def _block(resolution: int, stride: int) -> int:

@@ -5,9 +5,8 @@ The same label subsets are given to the pre-trained network, to the same network
 so that a difference between the rows is the difference of the features. Nothing is ever chosen on the validation part.
 """
 
-import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,85 +16,14 @@ from torch import Tensor, nn
 
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
+from fastmim.data.pictures import Pictures
 from fastmim.errors import UserError
 from fastmim.seeding import derive
+from fastmim.tasks.features import Progress, features, pixel_features
 
 # L2 strengths to choose from, strongest first: of equally good ones the strongest is taken.
 STRENGTHS = (1.0, 0.1, 0.01, 0.001)
 METHODS = ("linear", "knn")
-
-# Called with the number of images of each batch as it is done.
-Progress = Callable[[int], None]
-
-
-def pool(maps: list[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D"]:
-    """One vector for each image: the mean over the positions of the last map (D is its number of channels)."""
-    return maps[-1].mean(dim=(2, 3))
-
-
-def features(
-    network: nn.Module,
-    loader: Iterable[Mapping[str, Tensor]],
-    device: torch.device,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    *,
-    progress: Progress | None = None,
-) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
-    """The pooled features of every image in float32 on the CPU, and the labels where the loader has them.
-
-    Args:
-        network: a Backbone (images to a list of NCHW maps) on ``device``; used in eval mode, then each of its modules
-            is put back into the mode that it was in.
-        loader: yields ``{"images": UInt8["B 3 S S"]}``, perhaps with ``"labels": Int64["B"]``.
-        device: where the network is.
-        mean: what is subtracted from each colour (0 to 1).
-        std: what each colour is divided by.
-        progress: called after each batch.
-
-    Raises:
-        UserError: the loader has no image.
-    """
-    shift = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-    scale = torch.tensor(std, device=device).view(1, -1, 1, 1)
-
-    def encode(images: Tensor) -> Tensor:
-        return pool(network((images.to(device).float() / 255 - shift) / scale)).float().cpu()
-
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            return _collect(loader, encode, progress)
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def pixel_features(
-    loader: Iterable[Mapping[str, Tensor]], side: int = 16, progress: Progress | None = None
-) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
-    """What any network has to beat: the images averaged down to ``side`` x ``side`` pixels, D = 3 * side * side."""
-
-    def encode(images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images.float() / 255, side).flatten(1)
-
-    return _collect(loader, encode, progress)
-
-
-def _collect(
-    loader: Iterable[Mapping[str, Tensor]], encode: Callable[[Tensor], Tensor], progress: Progress | None
-) -> tuple[Tensor, Tensor | None]:
-    vectors, labels = [], []
-    for batch in loader:
-        vectors.append(encode(batch["images"]))
-        if "labels" in batch:
-            labels.append(batch["labels"].cpu())
-        if progress:
-            progress(len(batch["images"]))
-    if not vectors:
-        raise UserError("none of the images to measure on can be read")
-    return torch.cat(vectors), torch.cat(labels) if labels else None
 
 
 def knn_accuracy(
@@ -349,17 +277,18 @@ def run_probe(
     seed: int = 0,
     batch_size: int = 256,
     workers: int = 0,
+    raw: bool = False,
     model: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Everything that probe.json holds.
+    """Everything that probe.json holds, but where the images lie.
 
     Args:
         trained: the Backbone after pre-training; None: only what is there is measured.
         untrained: the same Backbone before pre-training.
         data: labelled images, already split into a training and a validation part.
         resolution: side in pixels at which the images are seen.
-        mean: of each colour (0 to 1), as in pre-training.
+        mean: of each channel, as in pre-training.
         std: likewise.
         device: where to compute features; both networks are moved there.
         fraction: share of the training labels in each subset.
@@ -367,12 +296,16 @@ def run_probe(
         seed: of the subsets.
         batch_size: images per forward pass.
         workers: loader processes.
+        raw: images are stored values, not 0 to 255.
         model: the name that the report shows.
         progress: called after each batch; every entry sees all images once.
     """
     parts = [
-        EvalLoader(files, resolution=resolution, batch_size=batch_size, labels=labels, workers=workers)
-        for files, labels in ((data.train_files, data.train_labels), (data.val_files, data.val_labels))
+        EvalLoader(pictures, resolution=resolution, batch_size=batch_size, labels=labels, workers=workers)
+        for pictures, labels in (
+            (Pictures(data.train, len(mean), raw), data.train_labels),
+            (Pictures(data.val, len(mean), raw), data.val_labels),
+        )
     ]
     entries = {}
     for name, network in (("trained", trained), ("untrained", untrained)):
@@ -385,7 +318,6 @@ def run_probe(
     assert train_y is not None and val_y is not None
     comparison = compare(entries, train_y, val_y, fraction=fraction, subsets=subsets, seed=seed)
     return {
-        "data": os.path.commonpath([*data.train_files, *data.val_files]),
         "model": model,
         "classes": len(data.classes),
         "train": len(train_y),

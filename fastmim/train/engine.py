@@ -3,7 +3,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from fastmim.train.optim import adamw, learning_rate
 from fastmim.train.signals import StopRequest
 
 Batch = dict[str, Tensor]
+WAITING = 0.1  # share of the time spent waiting for images from which on a person should know
 
 
 @runtime_checkable
@@ -63,6 +64,7 @@ class Plan:
     eval_steps: int = 0  # 0: never
     checkpoint_seconds: float = 600.0
     autocast: torch.dtype | None = None
+    remedy: Callable[[float], str] | None = None  # what would make images come faster, given images a second
 
     @property
     def global_batch(self) -> int:
@@ -126,6 +128,7 @@ class Fit:
         self.loss_steps = 0
         self.optimizer = adamw(task.param_groups(plan.optim.weight_decay), self.peak, plan.optim.betas)  # type: ignore[operator]
         self.start = self._restore()
+        self.told = False
 
     def run(self) -> str:
         """Makes the steps that are left.
@@ -219,7 +222,17 @@ class Fit:
         }
         self.log.metrics("train", step, values)
         self.log.status("running", step, plan.steps, step * plan.global_batch)
-        self.log.advance(step, plan.steps, loss, speed, (plan.steps - step) * plan.global_batch / speed)
+        self.log.advance(step, plan.steps, values, (plan.steps - step) * plan.global_batch / speed)
+        self._watch(step, values)
+
+    def _watch(self, step: int, values: dict[str, float]) -> None:
+        """Says once what to do when the device waits for images."""
+        first = step <= self.start + self.plan.log_every  # holds the start of the workers
+        if first or self.told or self.plan.remedy is None or values["data_wait"] <= WAITING:
+            return
+        self.told = True
+        remedy = self.plan.remedy(values["images_per_s"])
+        self.log.say(f"{values['data_wait']:.0%} of the time is spent waiting for images; faster with {remedy}")
 
     def _evaluate(self, step: int) -> None:
         plan = self.plan

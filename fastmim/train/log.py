@@ -92,9 +92,11 @@ class RunLog:
         }
         write_file(self.folder / "status.json", json.dumps(record, indent=1).encode())
 
-    def advance(self, step: int, steps: int, loss: float, images_per_s: float, seconds_left: float) -> None:
-        """The live line: images/s, loss, time left."""
-        say = f"loss {loss:.4f}  {images_per_s:,.0f} images/s"
+    def advance(self, step: int, steps: int, values: Mapping[str, float], seconds_left: float) -> None:
+        """The live line: loss, images/s, share of the time spent waiting for them, time left."""
+        say = f"loss {values['loss']:.4f}  {values['images_per_s']:,.0f} images/s"
+        if values["data_wait"] >= 0.01:
+            say += f" ({values['data_wait']:.0%} waiting for data)"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step, say=say)
         else:

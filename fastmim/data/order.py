@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which order images are seen: a pure function of (images, seed, epoch), so that its state is one integer.
+
+Images that can be read in any order are permuted as a whole. Shards in an object store are not read image by image:
+there the order of the shards is random, and the images of ``window`` shards at a time are mixed. Two images of one
+shard are then met within one window, not anywhere in the epoch; benchmarks/shuffle.py measures how little that is.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int64
+
+from fastmim.data.table import ImageTable
+from fastmim.seeding import derive
+
+Sample = tuple[int, int]
+"""(epoch, index)"""
+
+
+class Order:
+    """Where a position of the endless stream lies; every epoch visits each of ``count`` images once, in a new order.
+
+    Args:
+        count: number of images.
+        seed: what the order follows from.
+        epoch_order: the order of an epoch, a permutation of ``range(count)``; uniform over all when not given.
+    """
+
+    def __init__(
+        self, count: int, seed: int, epoch_order: Callable[[int], Int64[np.ndarray, " count"]] | None = None
+    ) -> None:
+        self.count = count
+        chosen = epoch_order or functools.partial(permutation, count, seed)
+        # Two epochs, because batches that are prefetched cross from one epoch to the next.
+        self._permutation = functools.lru_cache(maxsize=2)(chosen)
+
+    def __call__(self, position: int) -> Sample:
+        """The (epoch, index) of the sample at ``position``."""
+        epoch, place = divmod(position, self.count)
+        return epoch, int(self._permutation(epoch)[place])
+
+
+def permutation(count: int, seed: int, epoch: int, purpose: str = "order") -> Int64[np.ndarray, " count"]:
+    """A random order of ``range(count)``.
+
+    Sorted raw numbers of Philox, whose stream NumPy promises never to change; ``Generator.permutation`` may change.
+    """
+    numbers = np.random.Philox(derive(seed, purpose, epoch)).random_raw(count)
+    return np.argsort(numbers, kind="stable")
+
+
+class WindowedOrder:
+    """The order of an epoch over the shards of ``table``: shards at random, ``window`` of them mixed at a time.
+
+    Args:
+        table: its rows lie shard by shard.
+        seed: what the order follows from.
+        window: shards that are mixed.
+    """
+
+    def __init__(self, table: ImageTable, seed: int, window: int) -> None:
+        self.seed, self.window = seed, window
+        begins = np.flatnonzero(np.diff(table.container, prepend=-1))
+        self._rows = np.split(np.arange(len(table)), begins[1:])
+        self._shard = table.container[begins]
+        self._sizes = np.array([len(rows) for rows in self._rows])
+        self._count = len(table)
+
+    def __call__(self, epoch: int) -> Int64[np.ndarray, " count"]:
+        """All rows, mixed within windows."""
+        mixed = []
+        for first, shards in enumerate(self._windows(epoch)):
+            rows = np.concatenate([self._rows[shard] for shard in shards])
+            mixed.append(rows[permutation(len(rows), derive(self.seed, "window", epoch, first), 0)])
+        return np.concatenate(mixed)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The (epoch, window) in which ``position`` of the endless stream lies."""
+        epoch, place = divmod(position, self._count)
+        ends = np.cumsum([self._sizes[shards].sum() for shards in self._windows(epoch)])
+        return epoch, int(np.searchsorted(ends, place, side="right"))
+
+    def shards(self, epoch: int, window: int) -> list[int]:
+        """The containers of a window; one past the epoch's last is the first of the next epoch."""
+        windows = self._windows(epoch)
+        chosen = windows[window] if window < len(windows) else self._windows(epoch + 1)[0]
+        return [int(self._shard[shard]) for shard in chosen]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - one loader has one of these, for as long as it lives
+    def _windows(self, epoch: int) -> list[np.ndarray]:
+        order = permutation(len(self._rows), self.seed, epoch, "shards")
+        return [order[first : first + self.window] for first in range(0, len(order), self.window)]

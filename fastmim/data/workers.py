@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that read images, and the memory through which they hand them over."""
+
+import ctypes
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+TIMEOUT = 600  # seconds without an answer; a slow disk with large pictures may well need one or two minutes
+AHEAD = 2  # pieces of work that each worker has been given and has not handed over
+PR_SET_PDEATHSIG = 1
+# fork starts at once and shares the table of images; forkserver (the default of Python 3.14) would import torch anew in
+# each worker. Elsewhere than on Linux fork is missing or breaks the system's own libraries.
+METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
+class Ring:
+    """Memory for ``slots`` batches that workers fill and the main process reads, again and again.
+
+    A batch that is handed over in memory of its own costs as much as decoding a small JPEG: the system must find and
+    clear new pages for each. The memory is anonymous, not in /dev/shm, of which containers have little; forked workers
+    share it.
+    """
+
+    def __init__(self, slots: int, size: int) -> None:
+        self.slots, self.size = slots, size
+        self.memory = torch.frombuffer(mmap.mmap(-1, slots * size), dtype=torch.uint8)
+
+    def view(self, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The memory of batch ``number``, which it shares with the batches ``slots`` before and after."""
+        start = number % self.slots * self.size
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return self.memory[start : start + count].view(dtype).view(shape)
+
+
+def work(samples: Dataset[Any], pieces: Iterable[Any], workers: int) -> Iterator[Any]:
+    """``samples.__getitems__`` of each of ``pieces``, in order, by ``workers`` processes (0: in this one)."""
+    parallel: dict[str, Any] = {}
+    if workers:
+        parallel = {
+            "multiprocessing_context": METHOD,
+            "timeout": TIMEOUT,
+            "worker_init_fn": start_worker,
+            "prefetch_factor": AHEAD,
+        }
+    with warnings.catch_warnings():
+        # The number of workers is the user's choice, and changes no result; torch warns if it is above the cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        # From 3.12 on, Python warns that a lock which another thread holds stays locked in the forked child. Workers
+        # take no such lock: they decode with NumPy and copies of small tensors, on one thread and no device.
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)
+        loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=pieces,  # type: ignore[arg-type]  # a piece is a list for torch, anything for us
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            # The DataLoader draws a seed for its workers; from the global generator, that would change what follows.
+            generator=torch.Generator(),
+            **parallel,
+        )
+        iterator = iter(loader)
+    yield from iterator
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+def start_worker(_: int = 0) -> None:
+    """Makes this process a worker, which ends when the main process says so or dies, and not by signals.
+
+    A cluster sends its signals to the whole process group; a worker that died of one would fail the main process in
+    the middle of its last checkpoint.
+    """
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # the parent died before the line above
+            os._exit(1)

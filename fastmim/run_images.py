@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a run, from its options: found, split, opened, and cut into batches."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from fastmim.config import Config, update
+from fastmim.data.cache import SHARE, SquareCache
+from fastmim.data.loader import EvalLoader, Phase, TrainLoader
+from fastmim.data.pictures import Pictures
+from fastmim.data.read import is_remote
+from fastmim.data.scan import first_look, scan
+from fastmim.data.shard_cache import ShardCache
+from fastmim.data.shards import load_sums
+from fastmim.data.statistics import measure
+from fastmim.data.table import ImageTable
+from fastmim.errors import UserError
+from fastmim.seeding import derive
+from fastmim.train.device import pick_workers
+from fastmim.train.distributed import Ranks
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def find_images(config: Config) -> ImageTable:
+    """The images of a run, of which at least one can be read.
+
+    Raises:
+        UserError: there are none, or a prepared set does not fit the options.
+    """
+    data = config.data
+    if not data.paths:
+        raise UserError("no images given: name a folder, as in 'fastmim pretrain images/'")
+    table = scan(data.paths)
+    squares = table.squares
+    if squares is not None:
+        values = "raw" if squares.dtype == "float32" else "8bit"
+        where = f"{data.paths[0]!r} holds squares"
+        if (squares.channels, values) != (data.channels, data.values):
+            fit = f"--channels {squares.channels} --values {values}"
+            raise UserError(f"{where} of {squares.channels} channels ({values}); train on them with {fit}")
+        if squares.side < data.resolution:
+            raise UserError(
+                f"{where} of {squares.side} px, too small for --resolution {data.resolution}; prepare them again with"
+                f" --resolution {data.resolution}"
+            )
+        if data.cache != "none":
+            raise UserError(f"{where} that are small already; leave --cache out")
+    first_look(table, data.channels, data.values == "raw")
+    return table
+
+
+def with_statistics(config: Config, table: ImageTable) -> Config:
+    """The configuration with mean and std: ImageNet's for 8-bit colour, else measured on the images themselves."""
+    data = config.data
+    if data.mean is not None and data.std is not None:
+        return config
+    found: dict[str, tuple[float, ...]] = dict(IMAGENET)
+    if data.channels != 3 or data.values == "raw":
+        measured = measure(table, data.channels, data.values == "raw")
+        found = {"mean": measured.mean, "std": measured.std}
+    return update(config, {name: value for name, value in found.items() if getattr(data, name) is None})
+
+
+def split(config: Config, table: ImageTable) -> tuple[list[int], list[int]]:
+    """Rows of the training and of the held-out images; a pure function of the seed and the number of images."""
+    count = min(512, round(config.data.holdout * len(table)))
+    order = np.random.default_rng(derive(config.optim.seed, "holdout")).permutation(len(table))
+    held_out = np.sort(order[:count])
+    return np.setdiff1d(np.arange(len(table)), held_out, assume_unique=True).tolist(), held_out.tolist()
+
+
+def plain_pictures(config: Config, table: ImageTable) -> Pictures:
+    """Pictures to look at now and then, without a cache."""
+    return Pictures(table, config.data.channels, config.data.values == "raw", shards=_shard_cache(config, table))
+
+
+def training_pictures(config: Config, table: ImageTable, folder: Path, here: Ranks) -> Pictures:
+    """Pictures to train on, of which squares are kept if the options say so."""
+    data = config.data
+    cache = None
+    if data.cache != "none":
+        cache = SquareCache(
+            len(table),
+            data.cache_size or 2 * data.resolution,
+            data.channels,
+            data.values == "raw",
+            path=folder / "cache" / "squares.bin" if data.cache == "disk" else None,
+            fingerprint=table.fingerprint,
+            share=SHARE / here.world,
+        )
+    return Pictures(table, data.channels, data.values == "raw", cache, _shard_cache(config, table))
+
+
+def crop_place(config: Config, pictures: Pictures, device: torch.device) -> str:
+    """Where crops are cut.
+
+    Raises:
+        UserError: on the device is wanted, but there are no squares to hand over.
+    """
+    if config.data.crop_on == "device" and pictures.side is None:
+        raise UserError("--crop-on device needs squares: use what fastmim prepare wrote, or --cache ram")
+    chosen = "device" if device.type == "cuda" and pictures.side is not None else "cpu"
+    return config.data.crop_on or chosen
+
+
+def training_loader(
+    config: Config, pictures: Pictures, device: torch.device, here: Ranks, bad_log: Path | None
+) -> TrainLoader:
+    """The stream of batches of a resolved configuration."""
+    data, optim = config.data, config.optim
+    assert optim.global_batch is not None and optim.micro_batch is not None
+    assert data.crop_on is not None
+    return TrainLoader(
+        pictures,
+        phases=[Phase(0, data.resolution, optim.micro_batch)],
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        seed=optim.seed,
+        global_batch=optim.global_batch,
+        rank=here.rank,
+        world_size=here.world,
+        workers=pick_workers(config.system.workers, device),
+        device=device,
+        crop_on=data.crop_on,
+        window=data.shuffle_shards if pictures.shards is not None else None,
+        max_bad=data.max_bad,
+        bad_log=bad_log,
+    )
+
+
+def eval_loader(config: Config, table: ImageTable) -> EvalLoader:
+    """Every image of ``table`` once, whole."""
+    return EvalLoader(plain_pictures(config, table), resolution=config.data.resolution, batch_size=64)
+
+
+def _shard_cache(config: Config, table: ImageTable) -> ShardCache | None:
+    """Local copies of shards, where they lie in an object store."""
+    if table.squares is None or not is_remote(table.containers[0]):
+        return None
+    system = config.system
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmim" / "shards"
+    folder = Path(system.shard_cache) if system.shard_cache else default
+    return ShardCache(folder, int(system.shard_cache_gb * 1e9), load_sums(table))
+
+
+def waiting_remedy(config: Config, pictures: Pictures, workers: int, device: torch.device, images_per_s: float) -> str:
+    """What would make images come faster, most fitting first.
+
+    Args:
+        config: of the run.
+        pictures: what it reads.
+        workers: processes that read.
+        device: that waits.
+        images_per_s: what they reach together.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    remedies = []
+    if workers < cores - 1:
+        remedies.append(f"--workers {cores - 1} (now {workers}; this machine has {cores} cores)")
+    data, count = config.data, len(pictures.table)
+    if pictures.side is None:
+        side = 2 * data.resolution
+        if count * side * side * data.channels < SHARE * psutil.virtual_memory().available:
+            remedies.append("--cache ram, as all images fit into memory")
+        # Writing a square costs about as much as reading a crop, and half as much again to encode it.
+        minutes = 1.5 * count / (images_per_s * cores / max(1, workers)) / 60
+        remedies.append(
+            f"fastmim prepare {data.paths[0]} --out FOLDER --resolution {data.resolution}, once, in about"
+            f" {max(1, round(minutes))} minutes, then training on FOLDER"
+        )
+    elif data.crop_on == "cpu" and device.type == "cuda":
+        remedies.append("--crop-on device")
+    return "; or ".join(remedies) or "more or faster cores"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to vectors: what a network says of each, and what plain pixels say."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from fastmim.errors import UserError
+from fastmim.mim.model import as_floats
+
+# Called with the number of images of each batch as it is done.
+Progress = Callable[[int], None]
+
+
+def pool(maps: list[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D"]:
+    """One vector for each image: the mean over the positions of the last map (D is its number of channels)."""
+    return maps[-1].mean(dim=(2, 3))
+
+
+def features(
+    network: nn.Module,
+    loader: Iterable[Mapping[str, Tensor]],
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
+    """The pooled features of every image in float32 on the CPU, and the labels where the loader has them.
+
+    Args:
+        network: a Backbone (images to a list of NCHW maps) on ``device``; used in eval mode, then each of its modules
+            is put back into the mode that it was in.
+        loader: yields ``{"images": UInt8["B 3 S S"]}``, perhaps with ``"labels": Int64["B"]``.
+        device: where the network is.
+        mean: what is subtracted from each colour (0 to 1).
+        std: what each colour is divided by.
+        progress: called after each batch.
+
+    Raises:
+        UserError: the loader has no image.
+    """
+    shift = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+    scale = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def encode(images: Tensor) -> Tensor:
+        return pool(network((as_floats(images.to(device)) - shift) / scale)).float().cpu()
+
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            return _collect(loader, encode, progress)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def pixel_features(
+    loader: Iterable[Mapping[str, Tensor]], side: int = 16, progress: Progress | None = None
+) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
+    """What any network has to beat: the images averaged down to ``side`` x ``side`` pixels, D = C * side * side."""
+
+    def encode(images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(as_floats(images), side).flatten(1)
+
+    return _collect(loader, encode, progress)
+
+
+def _collect(
+    loader: Iterable[Mapping[str, Tensor]], encode: Callable[[Tensor], Tensor], progress: Progress | None
+) -> tuple[Tensor, Tensor | None]:
+    vectors, labels = [], []
+    for batch in loader:
+        vectors.append(encode(batch["images"]))
+        if "labels" in batch:
+            labels.append(batch["labels"].cpu())
+        if progress:
+            progress(len(batch["images"]))
+    if not vectors:
+        raise UserError("none of the images to measure on can be read")
+    return torch.cat(vectors), torch.cat(labels) if labels else None
