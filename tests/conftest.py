@@ -2,6 +2,7 @@
 """One thread, so that numbers are the same on every machine; real images for every test that wants some."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the network
@@ -51,3 +52,28 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder / name / f"{index}.jpg"
             )
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    yield address
+    server.stop()
+
+
+@pytest.fixture
+def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A local S3, which is found by the standard settings alone."""
+    from fastmim.data import remote
+
+    settings = {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    # Both remember the address of the server of another test.
+    remote._store.cache_clear()
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    return server

@@ -242,11 +242,21 @@ def page_in_a_circle() -> tuple[bytes, int]:
     return bytes(content), 3
 
 
-REGRESSIONS = {"far offset": far_offset, "wide float": wide_float, "circle": page_in_a_circle}
+def tall_float() -> tuple[bytes, int]:
+    """A header of many short rows over none at all: 4 s once."""
+    content = bytearray(encode(Image.fromarray(np.zeros((40, 40), np.float32)), "TIFF"))
+    at = content.index(struct.pack("<HHI", 257, 4, 1)) + 8
+    content[at : at + 4] = struct.pack("<I", 1_000_000)
+    return bytes(content), 1
+
+
+REGRESSIONS = {"tall float": tall_float, "far offset": far_offset, "wide float": wide_float, "circle": page_in_a_circle}
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
 def test_what_was_found_stays_mended(name: str) -> None:
     content, channels = REGRESSIONS[name]()
+    began = time.monotonic()
     for raw in (False, True):
         use(content, channels, raw)
+    assert time.monotonic() - began < SLOW

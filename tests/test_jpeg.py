@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fast way through a JPEG gives what the slow one gives, within stated bounds, and refuses what Pillow refuses."""
 
+import dataclasses
 import io
 import random
 import struct
@@ -113,6 +114,18 @@ def test_leaving_out_the_rows_below_changes_no_pixel(options: dict[str, Any], mo
             rows = -(-bottom // shrink)
             assert torch.equal(part[:, :rows], whole[:, :rows])
             assert part.shape[1] < whole.shape[1] or bottom > 140 or "progressive" in options
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size", [16, 40, 90])
+def test_crops_are_the_same_without_the_rows_below(subsampling: int, size: int) -> None:
+    content = encode(photograph(400, 700), quality=90, subsampling=subsampling)
+    picture = open_image(content)._stored
+    assert isinstance(picture, jpeg.JpegPicture)
+    segments = picture.header.segments._replace(height_at=None)
+    strict = dataclasses.replace(picture, header=picture.header._replace(segments=segments))
+    for bottom in range(300, 480, 7):
+        assert torch.equal(picture.crop((50, 20, 350, bottom), size), strict.crop((50, 20, 350, bottom), size))
 
 
 def test_whole_pictures_are_pillows() -> None:

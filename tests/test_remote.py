@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from buckets import upload
 
 from fastmim.data import remote
 from fastmim.data.prepare import prepare_images
@@ -59,37 +60,6 @@ def tar(content: dict[str, bytes]) -> bytes:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return file.getvalue()
-
-
-def upload(folder: Path, bucket: str) -> None:
-    import boto3
-
-    client = boto3.client("s3")
-    client.create_bucket(Bucket=bucket)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            client.put_object(Bucket=bucket, Key=str(path.relative_to(folder)), Body=path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    yield address
-    server.stop()
-
-
-@pytest.fixture
-def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A local S3, which is found by the standard settings alone."""
-    settings = {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-        monkeypatch.setenv(name, value)
-    remote._store.cache_clear()
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
-    return server
 
 
 @pytest.fixture

@@ -144,21 +144,23 @@ def stretch(values: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     Raises:
         BadImage: no value is finite.
     """
-    lows, highs = zip(*(_range(row) for row in values), strict=True)
+    # In parts: doubles of a whole picture take much memory.
+    parts = np.array_split(values.reshape(-1), values.size // 2**20 + 1)
+    lows, highs = zip(*(_range(part) for part in parts), strict=True)
     low, high = min(lows), max(highs)
     if low > high:
         raise BadImage("no finite values")
     # Halves, because high - low of doubles may be beyond the largest one.
     span = (high / 2 - low / 2) or 1.0
-    result = np.empty(values.shape, np.uint8)
-    for source, target in zip(values, result, strict=True):  # by rows: doubles of a whole picture take much memory
-        row = np.where(np.isfinite(source), source, low).astype(np.float64)
-        target[...] = np.rint((row / 2 - low / 2) / span * 255)
-    return result
+    result = []
+    for part in parts:
+        filled = np.where(np.isfinite(part), part, low).astype(np.float64)
+        result.append(np.rint((filled / 2 - low / 2) / span * 255).astype(np.uint8))
+    return np.concatenate(result).reshape(values.shape)
 
 
-def _range(row: Num[np.ndarray, "*shape"]) -> tuple[float, float]:
-    finite = row[np.isfinite(row)]
+def _range(values: Num[np.ndarray, "*shape"]) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (np.inf, -np.inf)
 
 

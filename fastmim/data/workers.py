@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastmim.errors import UserError
+
 TIMEOUT = 600  # seconds without an answer; a slow disk with large pictures may well need one or two minutes
 AHEAD = 2  # pieces of work that each worker has been given and has not handed over
 PR_SET_PDEATHSIG = 1
@@ -42,8 +44,12 @@ class Ring:
         return self.memory[start : start + count].view(dtype).view(shape)
 
 
-def work(samples: Dataset[Any], pieces: Iterable[Any], workers: int) -> Iterator[Any]:
-    """``samples.__getitems__`` of each of ``pieces``, in order, by ``workers`` processes (0: in this one)."""
+def work(samples: Any, pieces: Iterable[Any], workers: int) -> Iterator[Any]:
+    """``samples.__getitems__`` of each of ``pieces``, in order, by ``workers`` processes (0: in this one).
+
+    Raises:
+        UserError: as ``samples`` raise it.
+    """
     parallel: dict[str, Any] = {}
     if workers:
         parallel = {
@@ -59,7 +65,7 @@ def work(samples: Dataset[Any], pieces: Iterable[Any], workers: int) -> Iterator
         # take no such lock: they decode with NumPy and copies of small tensors, on one thread and no device.
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)
         loader: DataLoader[Any] = DataLoader(
-            samples,
+            _OneLine(samples),
             batch_sampler=pieces,  # type: ignore[arg-type]  # a piece is a list for torch, anything for us
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -68,7 +74,23 @@ def work(samples: Dataset[Any], pieces: Iterable[Any], workers: int) -> Iterator
             **parallel,
         )
         iterator = iter(loader)
-    yield from iterator
+    for answer in iterator:
+        if isinstance(answer, UserError):
+            raise answer
+        yield answer
+
+
+class _OneLine(Dataset[Any]):
+    """Hands a UserError over as an answer: raised in a worker, torch would add a traceback to its line."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __getitems__(self, piece: Any) -> Any:
+        try:
+            return self.samples.__getitems__(piece)
+        except UserError as error:
+            return error
 
 
 def _as_it_is(answer: Any) -> Any:
