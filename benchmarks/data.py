@@ -32,16 +32,16 @@ from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, Rand
 
 from fastmim.data.augment import random_box
 from fastmim.data.cache import SquareCache
-from fastmim.data.decode import open_image
+from fastmim.data.decoding.decode import open_image
 from fastmim.data.device_crop import crop_squares
 from fastmim.data.loader import Phase, TrainLoader
 from fastmim.data.order import Order
 from fastmim.data.pictures import Pictures
-from fastmim.data.prepare import prepare
-from fastmim.data.prepare_plan import Options
+from fastmim.data.prepared.plan import Options
+from fastmim.data.prepared.prepare import prepare
+from fastmim.data.prepared.shards import load_prepared
 from fastmim.data.samples import Piece, TrainSamples
-from fastmim.data.scan import scan
-from fastmim.data.shards import load_prepared
+from fastmim.data.sources.scan import scan
 from fastmim.data.table import ImageTable
 from fastmim.data.workers import Ring
 from fastmim.mim.targets import HOG

@@ -25,7 +25,7 @@ PER_FOLDER = 1000
 REPEATS = 3
 # The last three are what people use: each keeps an object for every path, and sizes are not looked at but by the first.
 METHODS = {
-    "fastmim": "from fastmim.data.scan import scan as call",
+    "fastmim": "from fastmim.data.sources.scan import scan as call",
     "os.walk + stat": """
 import os
 def call(paths):

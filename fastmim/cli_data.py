@@ -40,7 +40,7 @@ class Scan(Section):
 
 
 class Prepare(Section):
-    """Write your images once as small squares, from which training reads far faster.
+    """Write your images as small squares, once, to train on them far faster.
 
     Tar shards that other tools read too, resumable, over any number of processes and machines.
     """
@@ -80,9 +80,9 @@ def scan(words: dict[str, Any]) -> int:
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {str(out.absolute().parent)!r}")
     from fastmim import cli
-    from fastmim.data import found, scan_page
-    from fastmim.data.inspect import inspect
-    from fastmim.data.scan import scan as find
+    from fastmim.data.inspection import found, page
+    from fastmim.data.inspection.inspect import inspect
+    from fastmim.data.sources.scan import scan as find
 
     findings = inspect(
         find(options.data),
@@ -104,7 +104,7 @@ def scan(words: dict[str, Any]) -> int:
             f"none of {findings.opened} images that were opened can be read ({counts});"
             f" first {first.path!r}: {first.reason}"
         )
-    for style, start, rest in scan_page.lines(findings, options.data):
+    for style, start, rest in page.lines(findings, options.data):
         cli.print_styled(style, start, rest)
     return 0
 
@@ -116,8 +116,8 @@ def prepare(words: dict[str, Any]) -> int:
         raise UserError("--merge joins the parts in --out, and takes neither DATA nor --part")
     if not options.merge and not options.data:
         raise UserError("prepare needs DATA, the images; see: fastmim prepare --help")
-    from fastmim.data import prepare as preparing
-    from fastmim.data.prepare_plan import BAD_IMAGES
+    from fastmim.data.prepared import prepare as preparing
+    from fastmim.data.prepared.plan import BAD_IMAGES
 
     try:
         if options.merge:

@@ -48,9 +48,9 @@ class DataConfig(Section):
     """Channels that the network sees: 3 (grey is repeated), 1 (colour becomes grey), or exactly what the files have."""
     values: Literal["8bit", "raw"] = "8bit"
     """Values that it sees: 0 to 255, or the stored ones (16 bits, floats, Hounsfield units) unchanged."""
-    mean: Numbers | None = None
+    mean: Annotated[Numbers | None, tyro.conf.arg(metavar="N,N,N")] = None
     """What is subtracted from each channel, as 0.5,0.4,0.4 (0 to 1, or stored units); ImageNet's for 8-bit colour."""
-    std: Numbers | None = None
+    std: Annotated[Numbers | None, tyro.conf.arg(metavar="N,N,N")] = None
     """What each channel is divided by; mean and std of other images are measured when not given."""
     cache: Literal["none", "ram", "disk"] = "none"
     """Keep a small square of each image, so that it is decoded in the first epoch only: in memory, or in the run."""

@@ -10,13 +10,13 @@ import torch
 
 from fastmim.config import Config, update
 from fastmim.data.cache import SHARE, SquareCache
+from fastmim.data.inspection.statistics import measure
 from fastmim.data.loader import EvalLoader, Phase, TrainLoader
 from fastmim.data.pictures import Pictures
+from fastmim.data.prepared.shard_cache import ShardCache
+from fastmim.data.prepared.shards import load_sums
 from fastmim.data.read import is_remote
-from fastmim.data.scan import first_look, scan
-from fastmim.data.shard_cache import ShardCache
-from fastmim.data.shards import load_sums
-from fastmim.data.statistics import measure
+from fastmim.data.sources.scan import first_look, scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 from fastmim.seeding import derive

@@ -67,7 +67,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A local S3, which is found by the standard settings alone."""
-    from fastmim.data import remote
+    from fastmim.data.sources import remote
 
     settings = {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():

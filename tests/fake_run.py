@@ -68,7 +68,7 @@ def resolved(target: str, side: int, options: dict[str, object]) -> Config:
         "global_batch": 64, "micro_batch": 64, "lr": 3.75e-5, "device": "cuda", "precision": "bf16", "workers": 8,
         "out": "runs/pretrain/vit_tiny-signs-001",
     }  # fmt: skip
-    return update(Config(), {**words, **options})
+    return update(Config(), {**words, "mean": MEAN, "std": STD, **options})
 
 
 def drawn(count: int, side: int = 96) -> UInt8[np.ndarray, "N 3 S S"]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmim.data import bands
 from fastmim.data.augment import Box
-from fastmim.data.decode import facts, open_image
+from fastmim.data.decoding import bands
+from fastmim.data.decoding.decode import facts, open_image
+from fastmim.data.decoding.resize import resize_crop
 from fastmim.data.read import BadImage
-from fastmim.data.resize import resize_crop
 from fastmim.errors import UserError
 
 rasterio = pytest.importorskip("rasterio")

@@ -18,9 +18,9 @@ from conftest import draw
 from PIL import Image, ImageOps
 
 from fastmim.data.augment import Box, centre_box, random_box
-from fastmim.data.decode import facts, open_image
+from fastmim.data.decoding.decode import facts, open_image
+from fastmim.data.decoding.stored import REDUCED_MARGIN
 from fastmim.data.read import BadImage, read_file
-from fastmim.data.stored import REDUCED_MARGIN
 
 HEIGHT, WIDTH = 60, 80
 RGB = draw(1, 80)[:HEIGHT]
@@ -407,7 +407,7 @@ def large_headers() -> dict[str, bytes]:
 
 MEASURE = """
 import resource, sys
-import fastmim.data.decode as decode
+import fastmim.data.decoding.decode as decode
 from fastmim.data.read import BadImage
 from PIL import Image
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "socket.connect")

@@ -9,7 +9,7 @@ import pytest
 from conftest import draw
 from PIL import Image
 
-from fastmim.data import duplicates
+from fastmim.data.inspection import duplicates
 
 
 def grey(image: Image.Image) -> np.ndarray:

@@ -24,7 +24,7 @@ from conftest import draw
 from PIL import Image
 
 from fastmim.data.augment import centre_box
-from fastmim.data.decode import facts, open_image
+from fastmim.data.decoding.decode import facts, open_image
 from fastmim.data.read import BadImage
 
 SECONDS = float(os.environ.get("FASTMIM_FUZZ_SECONDS", "8"))

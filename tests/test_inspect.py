@@ -22,12 +22,12 @@ from PIL import Image
 
 from fastmim.cli import main
 from fastmim.cli_options import Pretrain, build, read_words
-from fastmim.data import found
-from fastmim.data.advice import Advice, resolution
-from fastmim.data.findings import Findings
-from fastmim.data.inspect import inspect
-from fastmim.data.pool import over_processes
-from fastmim.data.scan import scan
+from fastmim.data.inspection import found
+from fastmim.data.inspection.advice import Advice, resolution
+from fastmim.data.inspection.findings import Findings
+from fastmim.data.inspection.inspect import inspect
+from fastmim.data.inspection.pool import over_processes
+from fastmim.data.sources.scan import scan
 from fastmim.errors import UserError
 
 OPENED: list[str] = []
@@ -289,7 +289,7 @@ def test_many_broken_and_large(mixed: Path) -> None:
     assert any(options.startswith("--max-bad 0.") for options in options_of(findings))
     check(findings)
     slow = dataclasses.replace(findings, images=10**6, milliseconds=40.0, cores=8)
-    from fastmim.data.advice import advise
+    from fastmim.data.inspection.advice import advise
 
     assert any("fastmim prepare DATA --out FOLDER --resolution 96" in piece.text for piece in advise(slow))
     few = dataclasses.replace(findings, images=1000, milliseconds=40.0, cores=8)
@@ -423,7 +423,7 @@ def test_errors_of_workers_arrive() -> None:
 def test_workers_die_with_the_parent() -> None:
     script = textwrap.dedent("""
         import os, time
-        from fastmim.data.pool import over_processes
+        from fastmim.data.inspection.pool import over_processes
 
         def slow(items):
             print(os.getpid(), flush=True)

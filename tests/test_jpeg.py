@@ -14,13 +14,13 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from fastmim.data import jpeg
 from fastmim.data.augment import Box, random_box
-from fastmim.data.decode import open_image
-from fastmim.data.pillow import PillowPicture
+from fastmim.data.decoding import jpeg
+from fastmim.data.decoding.decode import open_image
+from fastmim.data.decoding.pillow import PillowPicture
+from fastmim.data.decoding.resize import resize_crop, whole_box
+from fastmim.data.decoding.stored import REDUCED_MARGIN
 from fastmim.data.read import BadImage
-from fastmim.data.resize import resize_crop, whole_box
-from fastmim.data.stored import REDUCED_MARGIN
 from fastmim.mim.targets import HOG
 
 

@@ -21,14 +21,14 @@ from PIL import Image
 
 from fastmim.data.augment import random_box
 from fastmim.data.cache import SquareCache
-from fastmim.data.decode import open_image
+from fastmim.data.decoding.decode import open_image
 from fastmim.data.loader import PIECE, Batch, EvalLoader, Phase, TrainLoader
 from fastmim.data.order import Order
 from fastmim.data.pictures import Pictures
-from fastmim.data.prepare import prepare
-from fastmim.data.prepare_plan import Options
-from fastmim.data.scan import scan
-from fastmim.data.shards import load_prepared
+from fastmim.data.prepared.plan import Options
+from fastmim.data.prepared.prepare import prepare
+from fastmim.data.prepared.shards import load_prepared
+from fastmim.data.sources.scan import scan
 from fastmim.data.table import ImageTable, from_names, join
 from fastmim.errors import UserError
 from fastmim.seeding import derive
@@ -245,7 +245,7 @@ WORKERS_OUTLIVE_SIGNALS = """
 import os, signal, sys
 from fastmim.data.loader import Phase, TrainLoader
 from fastmim.data.pictures import Pictures
-from fastmim.data.scan import scan
+from fastmim.data.sources.scan import scan
 
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.signal(signal.SIGUSR1, lambda *_: None)
@@ -419,3 +419,24 @@ def kolmogorov(one: np.ndarray, other: np.ndarray) -> float:
     places = np.sort(np.concatenate([one, other]))
     counts = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (one, other)]
     return float(np.abs(counts[0] - counts[1]).max())
+
+
+FORGOTTEN = """
+import sys
+from fastmim.data.loader import Phase, TrainLoader
+from fastmim.data.pictures import Pictures
+from fastmim.data.sources.scan import scan
+
+loader = TrainLoader(Pictures(scan([sys.argv[1]])), phases=[Phase(0, 16, 4)], crop_scale=(0.2, 1.0), flip=True,
+                     seed=0, global_batch=4, workers=2)
+batches = loader.batches(0)
+next(batches)
+sys.exit(3)
+"""
+
+
+def test_a_program_that_ends_in_the_middle_ends(photos: Path) -> None:
+    """Workers ignore the signal by which Python would end them, so it would wait for ever."""
+    call = [sys.executable, "-c", FORGOTTEN, str(photos)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (3, "")

@@ -26,14 +26,14 @@ from PIL import Image
 
 import fastmim
 from fastmim.cli import main
-from fastmim.data import prepare_pool, shard_writer
 from fastmim.data.augment import Box
-from fastmim.data.decode import open_image
-from fastmim.data.prepare import merge, prepare, prepare_images
-from fastmim.data.prepare_plan import Options, parse_part, plan_of
-from fastmim.data.read import BadImage
-from fastmim.data.shard_records import MANIFEST, FileSum
-from fastmim.data.shards import (
+from fastmim.data.decoding.decode import open_image
+from fastmim.data.prepared import pool as prepare_pool
+from fastmim.data.prepared import writer as shard_writer
+from fastmim.data.prepared.plan import Options, parse_part, plan_of
+from fastmim.data.prepared.prepare import merge, prepare, prepare_images
+from fastmim.data.prepared.records import MANIFEST, FileSum
+from fastmim.data.prepared.shards import (
     decode_square,
     decode_square_into,
     is_prepared,
@@ -42,6 +42,7 @@ from fastmim.data.shards import (
     load_sums,
     npy_header,
 )
+from fastmim.data.read import BadImage
 from fastmim.data.table import ImageTable, Squares, from_names, join
 from fastmim.errors import UserError
 
@@ -361,8 +362,8 @@ def test_an_image_that_fells_its_decoder_is_left_out(
 
     monkeypatch.setattr(shard_writer, "open_image", decode)
     monkeypatch.setattr(prepare_pool, "LIMIT", 1.0)
-    monkeypatch.setattr("fastmim.data.prepare.store", shard_writer.store)
-    monkeypatch.setattr("fastmim.data.prepare.MEASURED", 1)
+    monkeypatch.setattr("fastmim.data.prepared.prepare.store", shard_writer.store)
+    monkeypatch.setattr("fastmim.data.prepared.prepare.MEASURED", 1)
     done = prepare(table, tmp_path, SMALL, workers=2, quiet=True)
     assert (done.images, done.bad) == (39, 1)
     assert (tmp_path / "bad_images.csv").read_text().splitlines()[1] == f"{table.path(13)},{reason}"

@@ -19,7 +19,7 @@ import fastmim
 from fastmim import runs
 from fastmim.cli import main
 from fastmim.config import Config, update
-from fastmim.data.scan import scan
+from fastmim.data.sources.scan import scan
 from fastmim.errors import UserError
 from fastmim.run_images import split
 from fastmim.train.checkpoint import Checkpoints

@@ -17,10 +17,10 @@ import fsspec
 import pytest
 from buckets import upload
 
-from fastmim.data import remote
-from fastmim.data.prepare import prepare_images
+from fastmim.data.prepared.prepare import prepare_images
 from fastmim.data.read import BadImage
-from fastmim.data.scan import first_look, scan
+from fastmim.data.sources import remote
+from fastmim.data.sources.scan import first_look, scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 
@@ -204,7 +204,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     script = """if True:
         import sys
         sys.modules["s3fs"] = sys.modules["gcsfs"] = None
-        from fastmim.data.scan import scan
+        from fastmim.data.sources.scan import scan
         from fastmim.errors import UserError
         for url in ("s3://bucket/x", "gs://bucket/x.jpg"):
             try:

@@ -16,7 +16,7 @@ from conftest import draw
 from PIL import Image
 
 from fastmim.data.labelled import labelled
-from fastmim.data.scan import first_look, scan
+from fastmim.data.sources.scan import first_look, scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 
@@ -183,7 +183,7 @@ def test_many_files_take_little_time_and_memory(tmp_path: Path) -> None:
             os.link(seed, f"{tmp_path}/{folder}/{file}.jpg")
     script = """if True:
         import resource, sys, time
-        from fastmim.data.scan import scan
+        from fastmim.data.sources.scan import scan
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.process_time()
         table = scan(sys.argv[1:])

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmim.data import remote, shard_cache
-from fastmim.data.prepare import prepare
-from fastmim.data.prepare_plan import Options
+from fastmim.data.prepared import shard_cache
+from fastmim.data.prepared.plan import Options
+from fastmim.data.prepared.prepare import prepare
+from fastmim.data.prepared.records import FileSum
+from fastmim.data.prepared.shard_cache import ShardCache
+from fastmim.data.prepared.shards import decode_square, is_prepared, load_prepared, load_sums
 from fastmim.data.read import read_range
-from fastmim.data.shard_cache import ShardCache
-from fastmim.data.shard_records import FileSum
-from fastmim.data.shards import decode_square, is_prepared, load_prepared, load_sums
+from fastmim.data.sources import remote
 from fastmim.data.table import from_names
 from fastmim.errors import UserError
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import draw
 from PIL import Image
 
-from fastmim.data.archives import tar_members
-from fastmim.data.prepare import prepare_images
-from fastmim.data.scan import first_look, scan
+from fastmim.data.prepared.prepare import prepare_images
+from fastmim.data.sources.archives import tar_members
+from fastmim.data.sources.scan import first_look, scan
 from fastmim.data.table import WHOLE, ImageTable
 from fastmim.errors import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmim.data import statistics
+from fastmim.data.inspection import statistics
 from fastmim.data.table import ImageTable, from_names
 from fastmim.errors import UserError
 

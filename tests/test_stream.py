@@ -13,14 +13,14 @@ from conftest import draw
 from PIL import Image
 
 import fastmim
-from fastmim.data import shard_cache
 from fastmim.data.loader import Batch, Phase, TrainLoader
 from fastmim.data.pictures import Pictures
-from fastmim.data.prepare import prepare
-from fastmim.data.prepare_plan import Options
-from fastmim.data.scan import scan
-from fastmim.data.shard_cache import ShardCache
-from fastmim.data.shards import load_sums
+from fastmim.data.prepared import shard_cache
+from fastmim.data.prepared.plan import Options
+from fastmim.data.prepared.prepare import prepare
+from fastmim.data.prepared.shard_cache import ShardCache
+from fastmim.data.prepared.shards import load_sums
+from fastmim.data.sources.scan import scan
 from fastmim.errors import UserError
 
 pytestmark = [

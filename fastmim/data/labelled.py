@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastmim.data.scan import scan
+from fastmim.data.sources.scan import scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 from fastmim.seeding import derive

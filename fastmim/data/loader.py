@@ -5,6 +5,7 @@ Sample number ``position`` of the stream is image ``index`` of epoch ``position 
 follows from (seed, epoch, index). So batches are the same with any number of workers and ranks, from any step on.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -126,18 +127,19 @@ class TrainLoader:
         Raises:
             UserError: more than the allowed share of the images cannot be read.
         """
-        answers = work(self._samples, self._pieces(start_step), self.workers)
         parts: list[dict[str, Any]] = []
-        try:
-            for answer in answers:
-                self._transfer.lock(self._ring)
-                self._bad.add(answer["bad"], answer["complete"])
-                parts.append(answer)
-                if answer["last"]:
-                    yield answer["resolution"], self._batch(parts)
-                    parts = []
-        finally:
-            self._transfer.unlock()
+        # Closed by name, because an exception would keep the workers for as long as somebody looks at it.
+        with contextlib.closing(work(self._samples, self._pieces(start_step), self.workers)) as answers:
+            try:
+                for answer in answers:
+                    self._transfer.lock(self._ring)
+                    self._bad.add(answer["bad"], answer["complete"])
+                    parts.append(answer)
+                    if answer["last"]:
+                        yield answer["resolution"], self._batch(parts)
+                        parts = []
+            finally:
+                self._transfer.unlock()
 
     def _batch(self, parts: list[dict[str, Any]]) -> Batch:
         if self._ring is None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastmim.data.augment import Box
 from fastmim.data.cache import SquareCache
-from fastmim.data.decode import open_image
+from fastmim.data.decoding.decode import open_image
+from fastmim.data.decoding.resize import resize_crop
+from fastmim.data.prepared.shard_cache import ShardCache
+from fastmim.data.prepared.shards import decode_square, decode_square_into
 from fastmim.data.read import is_remote, read_range
-from fastmim.data.resize import resize_crop
-from fastmim.data.shard_cache import ShardCache
-from fastmim.data.shards import decode_square, decode_square_into
 from fastmim.data.table import ImageTable
 
 Pixels = UInt8[Tensor, "C S S"] | Float32[Tensor, "C S S"]

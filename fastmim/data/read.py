@@ -32,7 +32,7 @@ def read_file(path: str) -> bytes:
         BadImage: missing, not a regular file, empty or too large.
     """
     if is_remote(path):
-        from fastmim.data.remote import read_object
+        from fastmim.data.sources.remote import read_object
 
         return read_object(path)
     try:
@@ -57,7 +57,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     if size == 0:
         raise BadImage("empty")
     if is_remote(path):
-        from fastmim.data.remote import read_object
+        from fastmim.data.sources.remote import read_object
 
         return read_object(path, offset, size)
     try:

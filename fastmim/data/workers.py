@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that read images, and the memory through which they hand them over."""
 
+import atexit
+import contextlib
 import ctypes
 import mmap
 import multiprocessing
@@ -8,7 +10,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -44,12 +47,21 @@ class Ring:
         return self.memory[start : start + count].view(dtype).view(shape)
 
 
-def work(samples: Any, pieces: Iterable[Any], workers: int) -> Iterator[Any]:
+Answers = Generator[Any, None, None]
+
+
+def work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
     """``samples.__getitems__`` of each of ``pieces``, in order, by ``workers`` processes (0: in this one).
 
     Raises:
         UserError: as ``samples`` raise it.
     """
+    answers = _work(samples, pieces, workers)
+    _begun.add(answers)
+    return answers
+
+
+def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
     parallel: dict[str, Any] = {}
     if workers:
         parallel = {
@@ -78,6 +90,17 @@ def work(samples: Any, pieces: Iterable[Any], workers: int) -> Iterator[Any]:
         if isinstance(answer, UserError):
             raise answer
         yield answer
+
+
+_begun: "weakref.WeakSet[Answers]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """Ends workers that nobody has ended; Python would ask them by a signal that they ignore, and wait for ever."""
+    for answers in list(_begun):
+        with contextlib.suppress(ValueError):  # a generator that is running cannot be closed
+            answers.close()
 
 
 class _OneLine(Dataset[Any]):

@@ -249,10 +249,8 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{word}", json.dumps(value)]
     parts = value if isinstance(value, tuple) else (value,)
-    return [
-        f"--{word}",
-        *(f"{part:.0f}" if isinstance(part, float) and part.is_integer() else str(part) for part in parts),
-    ]
+    numbers = (f"{part:.0f}" if isinstance(part, float) and part.is_integer() else str(part) for part in parts)
+    return [f"--{word}", ",".join(numbers)]
 
 
 def _bytes(letter: str) -> bytes:

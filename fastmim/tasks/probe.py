@@ -300,12 +300,10 @@ def run_probe(
         model: the name that the report shows.
         progress: called after each batch; every entry sees all images once.
     """
+    sizes = {"resolution": resolution, "batch_size": batch_size, "workers": workers}
     parts = [
-        EvalLoader(pictures, resolution=resolution, batch_size=batch_size, labels=labels, workers=workers)
-        for pictures, labels in (
-            (Pictures(data.train, len(mean), raw), data.train_labels),
-            (Pictures(data.val, len(mean), raw), data.val_labels),
-        )
+        EvalLoader(Pictures(table, len(mean), raw), labels=labels, **sizes)
+        for table, labels in ((data.train, data.train_labels), (data.val, data.val_labels))
     ]
     entries = {}
     for name, network in (("trained", trained), ("untrained", untrained)):

@@ -15,11 +15,19 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fastmim.data.pillow import PillowPicture
+from fastmim.data.decoding.pillow import PillowPicture
+from fastmim.data.decoding.resize import MAX_EXTRA, Region, resize_crop
+from fastmim.data.decoding.stored import (
+    MAX_PIXELS,
+    REDUCED_MARGIN,
+    Pixels,
+    Stored,
+    check_channels,
+    check_size,
+    to_channels,
+)
+from fastmim.data.decoding.tiff import exif_orientation
 from fastmim.data.read import BadImage
-from fastmim.data.resize import MAX_EXTRA, Region, resize_crop
-from fastmim.data.stored import MAX_PIXELS, REDUCED_MARGIN, Pixels, Stored, check_channels, check_size, to_channels
-from fastmim.data.tiff import exif_orientation
 
 MAGIC = b"\xff\xd8"
 CHANNELS = {"Gray": 1, "YCbCr": 3, "RGB": 3}

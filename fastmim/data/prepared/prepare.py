@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmim.data.prepare_plan import (
+from fastmim.data.prepared.plan import (
     BAD_IMAGES,
     Options,
     begun_plan,
@@ -32,11 +32,11 @@ from fastmim.data.prepare_plan import (
     refuse_inside,
     write_or_refuse,
 )
-from fastmim.data.prepare_pool import Watch, write_shards
+from fastmim.data.prepared.pool import Watch, write_shards
+from fastmim.data.prepared.records import MANIFEST, Plan, Prepared, ShardEntry, ShardNote
+from fastmim.data.prepared.shards import is_prepared, npy_header
+from fastmim.data.prepared.writer import is_done, store, stored_bytes
 from fastmim.data.read import BadImage
-from fastmim.data.shard_records import MANIFEST, Plan, Prepared, ShardEntry, ShardNote
-from fastmim.data.shard_writer import is_done, store, stored_bytes
-from fastmim.data.shards import is_prepared, npy_header
 from fastmim.data.table import ImageTable, Squares
 from fastmim.errors import UserError
 
@@ -98,7 +98,7 @@ def prepare_images(
         UserError: one line that says what is wrong; finished shards are kept.
         Interrupted: by Ctrl-C or SIGTERM; finished shards are kept.
     """
-    from fastmim.data.scan import scan
+    from fastmim.data.sources.scan import scan
 
     chosen = Options(size=2 * resolution if size is None else size, **options)
     share = parse_part(part)

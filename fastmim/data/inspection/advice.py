@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to do about what was found in the images: options to type, each with its reason; the most important first."""
 
-from fastmim.data.findings import Advice, Findings
+from fastmim.data.inspection.findings import Advice, Findings
 
 RESOLUTION = 128
 """Pretraining's default."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
 from fastmim.data.augment import Box
-from fastmim.data.decode import open_image
+from fastmim.data.decoding.decode import open_image
 from fastmim.data.read import BadImage
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
@@ -80,8 +80,8 @@ def small_picture(table: ImageTable, content: bytes, channels: int, raw: bool) -
         BadImage: it cannot be decoded, or has other channels.
     """
     if table.squares is not None:
-        from fastmim.data.resize import resize_crop
-        from fastmim.data.shards import decode_square
+        from fastmim.data.decoding.resize import resize_crop
+        from fastmim.data.prepared.shards import decode_square
 
         pixels = decode_square(content, table.squares)
         side = table.squares.side

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from fastmim.data import tiff
 from fastmim.data.augment import Box
-from fastmim.data.bands import open_bands
-from fastmim.data.dicom import colours_of, is_dicom, open_dicom, read_dataset
-from fastmim.data.jpeg import MAGIC as JPEG
-from fastmim.data.jpeg import open_jpeg, read_header
-from fastmim.data.pillow import PillowPicture, bands_of
+from fastmim.data.decoding import tiff
+from fastmim.data.decoding.bands import open_bands
+from fastmim.data.decoding.dicom import colours_of, is_dicom, open_dicom, read_dataset
+from fastmim.data.decoding.jpeg import MAGIC as JPEG
+from fastmim.data.decoding.jpeg import open_jpeg, read_header
+from fastmim.data.decoding.pillow import PillowPicture, bands_of
+from fastmim.data.decoding.resize import Region
+from fastmim.data.decoding.stored import MAX_PIXELS, MAX_SIDE, Pixels, Stored, only_bad_images
 from fastmim.data.read import BadImage
-from fastmim.data.resize import Region
-from fastmim.data.stored import MAX_PIXELS, MAX_SIDE, Pixels, Stored, only_bad_images
 
 AXES_SWAPPED, X_MIRRORED, Y_MIRRORED = {5, 6, 7, 8}, {2, 3, 7, 8}, {3, 4, 6, 7}
 GIF_FRAME = re.compile(rb"!\xf9\x04.{4}\x00", re.DOTALL)

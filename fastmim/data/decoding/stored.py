@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float32, Num, UInt8
 from torch import Tensor
 
+from fastmim.data.decoding.resize import Region
 from fastmim.data.read import BadImage
-from fastmim.data.resize import Region
 
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 2**16

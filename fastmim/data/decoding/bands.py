@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 
-from fastmim.data.read import BadImage
-from fastmim.data.resize import MAX_EXTRA, Region, resize_crop, whole_box
-from fastmim.data.stored import (
+from fastmim.data.decoding.resize import MAX_EXTRA, Region, resize_crop, whole_box
+from fastmim.data.decoding.stored import (
     MAX_PIXELS,
     MAX_VALUES_BYTES,
     REDUCED_MARGIN,
@@ -32,7 +31,8 @@ from fastmim.data.stored import (
     to_channels,
     too_deep,
 )
-from fastmim.data.tiff import FLOAT, PALETTE, TiffHeader
+from fastmim.data.decoding.tiff import FLOAT, PALETTE, TiffHeader
+from fastmim.data.read import BadImage
 from fastmim.errors import UserError
 
 SETTINGS = {

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastmim.data.read import is_remote
-from fastmim.data.rows import Rows, is_hidden, is_image, suffix_of
+from fastmim.data.sources.rows import Rows, is_hidden, is_image, suffix_of
 from fastmim.errors import UserError
 
 BLOCK = 512
@@ -81,7 +81,7 @@ def tar_members(place: str) -> Iterator[Member]:
         UserError: it is damaged, cut short or compressed, or cannot be read.
     """
     if is_remote(place):
-        from fastmim.data.remote import open_object
+        from fastmim.data.sources.remote import open_object
 
         with open_object(place, REMOTE_BLOCK) as remote:
             yield from _members(_read_by_seeking(remote), remote.seek(0, os.SEEK_END), place)

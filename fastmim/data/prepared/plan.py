@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 
+from fastmim.data.prepared.records import MANIFEST, PLAN, Plan, Prepared
+from fastmim.data.prepared.shards import read_record
+from fastmim.data.prepared.writer import write_whole
 from fastmim.data.read import is_remote
-from fastmim.data.shard_records import MANIFEST, PLAN, Plan, Prepared
-from fastmim.data.shard_writer import write_whole
-from fastmim.data.shards import read_record
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped, UInt64
 
 from fastmim import __version__
-from fastmim.data.look import row_type
+from fastmim.data.inspection.look import row_type
 from fastmim.data.read import is_remote
 from fastmim.data.table import WHOLE, ImageTable
 

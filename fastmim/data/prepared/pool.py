@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmim.data.prepared.records import Plan
+from fastmim.data.prepared.writer import Done, remove_scratch, write_shard
 from fastmim.data.read import is_remote
-from fastmim.data.shard_records import Plan
-from fastmim.data.shard_writer import Done, remove_scratch, write_shard
 from fastmim.data.table import ImageTable
 from fastmim.data.workers import METHOD, start_worker
 from fastmim.errors import UserError

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fastmim.data.advice import duration, epoch_seconds
-from fastmim.data.findings import Findings, Range, Same
-from fastmim.data.statistics import PERCENTILES
+from fastmim.data.inspection.advice import duration, epoch_seconds
+from fastmim.data.inspection.findings import Findings, Range, Same
+from fastmim.data.inspection.statistics import PERCENTILES
 
 WIDTH = 100
 LABEL = 13

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from fastmim.data.rows import FORMAT_OF_SUFFIX, Rows, suffix_of
+from fastmim.data.sources.rows import FORMAT_OF_SUFFIX, Rows, suffix_of
 from fastmim.data.table import WHOLE
 from fastmim.errors import UserError
 

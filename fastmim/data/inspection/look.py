@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from fastmim.data import duplicates, statistics
-from fastmim.data.decode import Facts, facts
-from fastmim.data.jpeg import read_header
+from fastmim.data.decoding.decode import Facts, facts
+from fastmim.data.decoding.jpeg import read_header
+from fastmim.data.inspection import duplicates, statistics
 from fastmim.data.read import BadImage
 from fastmim.data.table import ImageTable
 

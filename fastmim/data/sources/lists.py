@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from fastmim.data.read import BadImage, is_remote, read_file
-from fastmim.data.rows import WANTED, Rows, is_image, suffix_of
+from fastmim.data.sources.rows import WANTED, Rows, is_image, suffix_of
 from fastmim.errors import UserError
 
 LISTS = ("txt", "csv")
@@ -118,7 +118,7 @@ def _local_size(base: str, name: bytes, where: str) -> int:
 def _remote_sizes(base: str, names: list[bytes]) -> dict[bytes, int]:
     sizes: dict[bytes, int] = {}
     if names:
-        from fastmim.data.remote import object_sizes
+        from fastmim.data.sources.remote import object_sizes
 
         # The bucket decides which store answers.
         stores: dict[str, list[bytes]] = {}

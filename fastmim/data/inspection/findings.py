@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from fastmim.data.statistics import Statistics
+from fastmim.data.inspection.statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmim.data.claim import PAUSE, Claim, claimed
+from fastmim.data.prepared.claim import PAUSE, Claim, claimed
+from fastmim.data.prepared.records import FileSum
 from fastmim.data.read import BadImage
-from fastmim.data.shard_records import FileSum
 from fastmim.errors import UserError
 
 PIECE = 8 * 2**20  # bytes of one request, and the memory that a download takes
@@ -224,7 +224,7 @@ def _ask(url: str, offset: int, size: int) -> bytes:
     Raises:
         UserError: it cannot be had, after some attempts.
     """
-    from fastmim.data.remote import read_object
+    from fastmim.data.sources.remote import read_object
 
     for pause in (*PAUSES, None):
         try:

@@ -17,12 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmim.data.archives import add_tars
-from fastmim.data.lists import LISTS, read_list
 from fastmim.data.read import BadImage, is_remote
-from fastmim.data.rows import COMPRESSED, FORMAT_OF_SUFFIX, WANTED, Rows, count_formats, is_hidden, is_image, suffix_of
+from fastmim.data.sources.archives import add_tars
+from fastmim.data.sources.lists import LISTS, read_list
+from fastmim.data.sources.rows import (
+    COMPRESSED,
+    FORMAT_OF_SUFFIX,
+    WANTED,
+    Rows,
+    count_formats,
+    is_hidden,
+    is_image,
+    suffix_of,
+)
+from fastmim.data.sources.walk import Visited, is_alone_prepared, may_be_prepared, walk
 from fastmim.data.table import WHOLE, ImageTable
-from fastmim.data.walk import Visited, is_alone_prepared, may_be_prepared, walk
 from fastmim.errors import UserError
 
 __all__ = ["FORMAT_OF_SUFFIX", "WANTED", "first_look", "scan"]
@@ -86,12 +95,12 @@ def first_look(table: ImageTable, channels: int = 3, raw: bool = False) -> None:
 def _decode(table: ImageTable, index: int, channels: int, raw: bool) -> None:
     content = table.read(index)
     if table.squares is not None:
-        from fastmim.data.shards import decode_square
+        from fastmim.data.prepared.shards import decode_square
 
         decode_square(content, table.squares)
         return
     from fastmim.data.augment import centre_box
-    from fastmim.data.decode import open_image
+    from fastmim.data.decoding.decode import open_image
 
     image = open_image(content, channels, raw)
     image.crop(centre_box(image.width, image.height), 8)
@@ -128,7 +137,7 @@ def _look_into_file(place: str, suffix: str, rows: Rows) -> bool:
         if len(rows) == before:
             raise _nothing(place, others)
     elif suffix == "parquet" and not is_remote(place):
-        from fastmim.data.arrow import read_parquet
+        from fastmim.data.sources.arrow import read_parquet
 
         read_parquet(place, [place], rows)
     else:
@@ -139,19 +148,19 @@ def _look_into_file(place: str, suffix: str, rows: Rows) -> bool:
 def _look_into_folder(root: str, rows: Rows, visited: Visited) -> ImageTable | None:
     files = {name for name in ("dataset_dict.json", "dataset_info.json", "state.json") if (Path(root) / name).is_file()}
     if "dataset_dict.json" in files or len(files) == 2:
-        from fastmim.data.arrow import read_saved
+        from fastmim.data.sources.arrow import read_saved
 
         read_saved(root, rows)
         return None
     before = len(rows)
     found = walk(root, rows, visited)
     if found.prepared:
-        from fastmim.data.shards import load_prepared
+        from fastmim.data.prepared.shards import load_prepared
 
         return load_prepared(root)
     add_tars(found.tars, rows, found.others)
     if len(rows) == before and found.parquet:
-        from fastmim.data.arrow import read_parquet
+        from fastmim.data.sources.arrow import read_parquet
 
         read_parquet(root, found.parquet, rows)
     if len(rows) == before and not (found.repeated and before):
@@ -161,7 +170,7 @@ def _look_into_folder(root: str, rows: Rows, visited: Visited) -> ImageTable | N
 
 def _look_into_url(url: str, rows: Rows) -> ImageTable | None:
     """Adds what is at a URL; or gives the table of a prepared set."""
-    from fastmim.data import remote
+    from fastmim.data.sources import remote
 
     name = os.fsencode(url)
     if _look_into_file(url, suffix_of(name), rows):
@@ -189,7 +198,7 @@ def _look_into_url(url: str, rows: Rows) -> ImageTable | None:
                 if may_be_prepared(os.fsencode(last)):
                     marked.add(folder)
     if any(is_alone_prepared(url, folder) for folder in sorted(marked)):
-        from fastmim.data.shards import load_prepared
+        from fastmim.data.prepared.shards import load_prepared
 
         return load_prepared(url)
     add_tars(tars, rows, others)

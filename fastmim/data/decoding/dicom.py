@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Num, UInt8
 
+from fastmim.data.decoding.resize import Region, resize_crop
+from fastmim.data.decoding.stored import Pixels, check_channels, check_size, fill_holes, only_bad_images, to_channels
 from fastmim.data.read import BadImage
-from fastmim.data.resize import Region, resize_crop
-from fastmim.data.stored import Pixels, check_channels, check_size, fill_holes, only_bad_images, to_channels
 from fastmim.errors import UserError
 
 MARK_AT, MARK = 128, b"DICM"

@@ -15,10 +15,9 @@ from jaxtyping import Float32
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastmim.data import tiff
-from fastmim.data.read import BadImage
-from fastmim.data.resize import Region, resize_crop
-from fastmim.data.stored import (
+from fastmim.data.decoding import tiff
+from fastmim.data.decoding.resize import Region, resize_crop
+from fastmim.data.decoding.stored import (
     Pixels,
     check_channels,
     check_size,
@@ -29,6 +28,7 @@ from fastmim.data.stored import (
     to_channels,
     too_deep,
 )
+from fastmim.data.read import BadImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 # In PNG the EXIF may stand behind the pixels, so that asking for it decodes them.

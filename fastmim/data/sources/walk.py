@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fastmim.data.rows import FORMAT_OF_SUFFIX, Rows, suffix_of
+from fastmim.data.sources.rows import FORMAT_OF_SUFFIX, Rows, suffix_of
 from fastmim.errors import UserError
 
 _IMAGES = [b"." + suffix.encode() for name in FORMAT_OF_SUFFIX for suffix in (name, name.upper())]
 _DOT = ord(".")
-# What the files begin and end with that tell of a prepared set (fastmim.data.shard_records); asking shards itself needs
-# torch, which takes more memory than a million names.
+# What the files begin and end with that tell of a prepared set (fastmim.data.prepared.records); asking shards itself
+# needs torch, which takes more memory than a million names.
 _PREPARED = (b"prepared", b".json")
 
 Visited = set[tuple[int, int]]
@@ -186,7 +186,7 @@ def is_alone_prepared(root: str, folder: str) -> bool:
     Raises:
         UserError: it is one, but inside of ``root``.
     """
-    from fastmim.data.shards import is_prepared
+    from fastmim.data.prepared.shards import is_prepared
 
     if not is_prepared(folder):
         return False

@@ -19,8 +19,7 @@ from jaxtyping import Float32, Num, UInt8
 from pydantic import ValidationError
 from torch import Tensor
 
-from fastmim.data.read import BadImage, is_remote
-from fastmim.data.shard_records import (
+from fastmim.data.prepared.records import (
     MANIFEST,
     PLAN,
     VERSION,
@@ -32,6 +31,7 @@ from fastmim.data.shard_records import (
     file_name,
     join_place,
 )
+from fastmim.data.read import BadImage, is_remote
 from fastmim.data.table import ImageTable, Squares
 from fastmim.errors import UserError
 
@@ -174,7 +174,7 @@ def load_sums(table: ImageTable) -> dict[str, FileSum]:
 def _read(where: str) -> bytes:
     """All of a small file or object."""
     if is_remote(where):
-        from fastmim.data.remote import read_object
+        from fastmim.data.sources.remote import read_object
 
         return read_object(where)
     try:
@@ -200,7 +200,7 @@ def _check_sizes(place: str, prepared: Prepared) -> None:
 
 def _sizes(place: str, names: Iterable[str]) -> dict[str, int]:
     if is_remote(place):
-        from fastmim.data.remote import list_objects
+        from fastmim.data.sources.remote import list_objects
 
         return {name.rsplit("/", 1)[-1]: size for name, size in list_objects(place)}
     found = {}

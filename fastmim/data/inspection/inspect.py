@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Num, Shaped
 
-from fastmim.data import duplicates, found
-from fastmim.data.advice import advise
-from fastmim.data.findings import Broken, Findings, Range, Same
-from fastmim.data.look import Look, crashed, see
-from fastmim.data.pool import over_processes
+from fastmim.data.inspection import duplicates, found
+from fastmim.data.inspection.advice import advise
+from fastmim.data.inspection.findings import Broken, Findings, Range, Same
+from fastmim.data.inspection.look import Look, crashed, see
+from fastmim.data.inspection.pool import over_processes
+from fastmim.data.inspection.statistics import pool, spread
 from fastmim.data.read import BadImage, is_remote
-from fastmim.data.scan import FORMAT_OF_SUFFIX
-from fastmim.data.statistics import pool, spread
+from fastmim.data.sources.scan import FORMAT_OF_SUFFIX
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 

@@ -17,11 +17,11 @@ from jaxtyping import Num
 from torch import Tensor
 
 from fastmim.data.augment import Box
-from fastmim.data.claim import claimed
-from fastmim.data.decode import open_image
+from fastmim.data.decoding.decode import open_image
+from fastmim.data.prepared.claim import claimed
+from fastmim.data.prepared.records import FileSum, Plan, ShardNote, file_name
+from fastmim.data.prepared.shards import COLUMNS, npy_header, read_record
 from fastmim.data.read import BadImage
-from fastmim.data.shard_records import FileSum, Plan, ShardNote, file_name
-from fastmim.data.shards import COLUMNS, npy_header, read_record
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 
