@@ -119,10 +119,14 @@ class TrainLoader:
             images = batch["images"]
             if self.on_device:
                 images = crop_squares(images, batch["boxes"], batch["mirror"], resolution)
+            elif images.device.type == "cpu":
+                images = images.clone()  # workers will use its memory again
             yield {"images": images, "keys": batch["keys"]}
 
     def handed_over(self, start_step: int) -> Iterator[tuple[int, Batch]]:
         """The crops' side and the batch as the workers make it: where ``on_device``, squares, boxes and mirroring.
+
+        On a CPU, the images are overwritten when the next batch is asked for.
 
         Raises:
             UserError: more than the allowed share of the images cannot be read.

@@ -14,8 +14,8 @@ from fastmim.data.cache import SquareCache
 from fastmim.data.decoding.decode import open_image
 from fastmim.data.decoding.resize import resize_crop
 from fastmim.data.prepared.shard_cache import ShardCache
-from fastmim.data.prepared.shards import decode_square, decode_square_into
-from fastmim.data.read import is_remote, read_range
+from fastmim.data.prepared.shards import decode_square, decode_square_into, read_raw_square
+from fastmim.data.read import read_range
 from fastmim.data.table import ImageTable
 
 Pixels = UInt8[Tensor, "C S S"] | Float32[Tensor, "C S S"]
@@ -126,8 +126,11 @@ class Pictures:
         Raises:
             BadImage: it cannot be read.
         """
-        if self.table.squares is not None:
-            decode_square_into(self.read(index), self.table.squares, out)
+        squares = self.table.squares
+        if squares is not None:
+            place, offset = self._place(index), int(self.table.offset[index])
+            if not read_raw_square(place, offset, int(self.table.size[index]), squares, out):
+                decode_square_into(self.read(index), squares, out)
             return self._true_size(index)
         square = self.open(index)
         assert isinstance(square, Square)
@@ -140,11 +143,14 @@ class Pictures:
         Raises:
             BadImage: it cannot be read.
         """
-        table = self.table
-        container = table.containers[table.container[index]]
-        if self.shards is None or not is_remote(container):
-            return table.read(index)
-        return read_range(self.shards.local(container), int(table.offset[index]), int(table.size[index]))
+        if self.table.squares is None:
+            return self.table.read(index)
+        return read_range(self._place(index), int(self.table.offset[index]), int(self.table.size[index]))
+
+    def _place(self, index: int) -> str:
+        """The shard that holds a prepared square, or its local copy."""
+        container = self.table.containers[self.table.container[index]]
+        return container if self.shards is None else self.shards.local(container)
 
     def _true_size(self, index: int) -> tuple[int, int]:
         assert self.table.true_size is not None

@@ -4,6 +4,7 @@
 import functools
 import os
 import stat
+from collections.abc import Sequence
 
 MAX_BYTES = 256 * 2**20
 
@@ -69,6 +70,28 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     if len(content) < size:
         raise BadImage("truncated")
     return content
+
+
+def read_into(path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Fills ``buffers``, one after another, from ``offset`` on; nothing is copied on the way.
+
+    Raises:
+        BadImage: the file is missing or ends before.
+    """
+    wanted = sum(buffer.nbytes for buffer in buffers)
+    if is_remote(path) or not hasattr(os, "preadv"):
+        content = memoryview(read_range(path, offset, wanted))
+        for buffer in buffers:
+            buffer[:], content = content[: buffer.nbytes], content[buffer.nbytes :]
+        return
+    try:
+        found = os.preadv(_opened(path), buffers, offset)
+    except FileNotFoundError:
+        raise BadImage("missing") from None
+    except OSError as error:
+        raise BadImage("unreadable") from error
+    if found < wanted:
+        raise BadImage("truncated")
 
 
 def _judge(status: os.stat_result) -> None:

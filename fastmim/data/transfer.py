@@ -10,7 +10,7 @@ from fastmim.data.workers import Ring
 
 
 class Transfer:
-    """Copies tensors to ``device``; what it returns is the caller's, whatever happens to the ring.
+    """Copies tensors to ``device``; on the CPU they stay where they are, in the ring.
 
     On CUDA the ring is page-locked and the copy runs on a stream of its own, beside the step before; only the copy is
     waited for before the memory is filled again, never the step.
@@ -35,9 +35,9 @@ class Transfer:
             self._locked = None
 
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of all tensors on the device, whose sources may be overwritten at once."""
+        """All tensors on the device; what was copied may be overwritten at once."""
         if self._stream is None:
-            return {name: value.to(self.device, copy=True) for name, value in tensors.items()}
+            return {name: value.to(self.device) for name, value in tensors.items()}
         with torch.cuda.stream(self._stream):
             copies = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
         self._stream.synchronize()  # this batch's copy, which did not wait for any computation

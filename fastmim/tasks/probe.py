@@ -7,6 +7,7 @@ so that a difference between the rows is the difference of the features. Nothing
 
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -298,7 +299,7 @@ def run_probe(
         workers: loader processes.
         raw: images are stored values, not 0 to 255.
         model: the name that the report shows.
-        progress: called after each batch; every entry sees all images once.
+        progress: called after each batch.
     """
     sizes = {"resolution": resolution, "batch_size": batch_size, "workers": workers}
     parts = [
@@ -306,11 +307,10 @@ def run_probe(
         for table, labels in ((data.train, data.train_labels), (data.val, data.val_labels))
     ]
     entries = {}
-    for name, network in (("trained", trained), ("untrained", untrained)):
+    for name, network in {"trained": trained, "untrained": untrained}.items():
         if network is not None:
-            network.to(device)
-            train_x, val_x = (features(network, part, device, mean, std, progress=progress)[0] for part in parts)
-            entries[name] = (train_x, val_x)
+            of = partial(features, network.to(device), device=device, mean=mean, std=std, progress=progress)
+            entries[name] = (of(parts[0])[0], of(parts[1])[0])
     (train_x, train_y), (val_x, val_y) = (pixel_features(part, progress=progress) for part in parts)
     entries["pixels"] = (train_x, val_x)
     assert train_y is not None and val_y is not None

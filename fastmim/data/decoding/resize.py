@@ -10,7 +10,7 @@ Region = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; right and bottom are just outside of it."""
 # torch has fast integer code for up to four channels of bytes; the one for more is ten times slower.
 FAST_CHANNELS = 4
-MAX_EXTRA = 16
+MAX_EXTRA = 4  # more gains little and costs time: 0, 4 and 16 give 35.5, 40.6 and 42.8 dB in 97, 111 and 166 us
 EXACT = 1 / 64
 
 

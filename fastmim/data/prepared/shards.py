@@ -4,6 +4,7 @@
 A prepared set may have been copied, cut short or made by others: whatever is wrong with it is one line.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from fastmim.data.prepared.records import (
     file_name,
     join_place,
 )
-from fastmim.data.read import BadImage, is_remote
+from fastmim.data.read import BadImage, is_remote, read_into
 from fastmim.data.table import ImageTable, Squares
 from fastmim.errors import UserError
 
@@ -260,6 +261,7 @@ def _damaged(place: str, what: str) -> UserError:
 # ---- Reading a square
 
 
+@functools.cache
 def npy_header(squares: Squares) -> bytes:
     """What stands before the values of a .npy file of a square; a multiple of 64 bytes, so that values are aligned."""
     kind = {"uint8": "|u1", "float32": "<f4"}[squares.dtype]
@@ -267,6 +269,20 @@ def npy_header(squares: Squares) -> bytes:
     text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     length = -(-(len(_MAGIC) + 2 + len(text) + 1) // 64) * 64 - len(_MAGIC) - 2
     return _MAGIC + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
+
+
+def read_raw_square(path: str, offset: int, size: int, squares: Squares, out: Num[Tensor, "N N C"]) -> bool:
+    """Reads a record of plain values from its file straight into ``out``; False if it is not one, or a JPEG.
+
+    Raises:
+        BadImage: the file is missing or ends before.
+    """
+    header = npy_header(squares)
+    if size != len(header) + out.nbytes:
+        return False
+    found = bytearray(len(header))
+    read_into(path, offset, [memoryview(found), memoryview(out.numpy()).cast("B")])
+    return found == header
 
 
 def decode_square(content: bytes, squares: Squares) -> UInt8[Tensor, "C N N"] | Float32[Tensor, "C N N"]:
