@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmim.data.augment import Box
 from fastmim.data.cache import SquareCache
 from fastmim.data.decoding.decode import open_image
-from fastmim.data.decoding.resize import resize_crop
+from fastmim.data.decoding.resize import EXTRA_OF_SQUARES, resize_crop
 from fastmim.data.prepared.shard_cache import ShardCache
 from fastmim.data.prepared.shards import decode_square, decode_square_into, read_raw_square
 from fastmim.data.read import read_range
@@ -54,7 +54,7 @@ class Square:
 
     def crop(self, box: Box, size: int) -> Pixels:
         """The part inside ``box``, which is brought to the square's grid."""
-        return resize_crop(self.pixels, self.scaled(box), size)
+        return resize_crop(self.pixels, self.scaled(box), size, EXTRA_OF_SQUARES)
 
     def scaled(self, box: Box) -> tuple[float, float, float, float]:
         """``box`` in the square's own pixels."""
