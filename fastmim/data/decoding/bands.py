@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 
-from fastmim.data.decoding.resize import MAX_EXTRA, Region, resize_crop, whole_box
+from fastmim.data.decoding.resize import EXTRA, Region, resize_crop, whole_box
 from fastmim.data.decoding.stored import (
     MAX_PIXELS,
     MAX_VALUES_BYTES,
@@ -86,7 +86,7 @@ class BandsPicture:
 
     def _read(self, dataset: Any, box: Region, size: int | None) -> Pixels:
         # Reduced copies are larger than the result, and where the box cuts their pixels, some more are of use.
-        more = 0 if size is None else MAX_EXTRA * max(box[2] - box[0], box[3] - box[1]) / size
+        more = 0 if size is None else EXTRA * max(box[2] - box[0], box[3] - box[1]) / size
         around = (box[0] - more, box[1] - more, box[2] + more, box[3] + more) if _between(box) else box
         left, top, right, bottom = whole_box(around, dataset.width, dataset.height)
         area, depth = (right - left) * (bottom - top), dataset.count * np.dtype(dataset.dtypes[0]).itemsize

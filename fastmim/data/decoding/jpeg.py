@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from fastmim.data.decoding.pillow import PillowPicture
-from fastmim.data.decoding.resize import MAX_EXTRA, Region, resize_crop
+from fastmim.data.decoding.resize import EXTRA, Region, resize_crop
 from fastmim.data.decoding.stored import (
     MAX_PIXELS,
     REDUCED_MARGIN,
@@ -96,7 +96,7 @@ class JpegPicture:
         side = min(right - left, bottom - top)
         shrink = next((s for s in (8, 4, 2) if side >= REDUCED_MARGIN * size * s), 1)
         # Of what is reduced, some rows below the box may be used too; and colours of low resolution reach over a block.
-        beyond = MAX_EXTRA * (bottom - top) / size if shrink > 1 else 0
+        beyond = EXTRA * (bottom - top) / size if shrink > 1 else 0
         pixels = self._decode(shrink, int(bottom + beyond) + BLOCK * shrink)
         if pixels is None:
             return self._by_pillow().crop(box, size)

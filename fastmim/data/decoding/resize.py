@@ -10,7 +10,7 @@ Region = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; right and bottom are just outside of it."""
 # torch has fast integer code for up to four channels of bytes; the one for more is ten times slower.
 FAST_CHANNELS = 4
-# How many results to make beyond the wanted ones, see _window: of squares of 256 px, 0, 4 and 16 give crops of 35.5, 40.6
+# Results to make beyond the wanted ones (see _window). Of squares of 256 px, 0, 4 and 16 give crops of 35.5, 40.6
 # and 42.8 dB in 97, 111 and 166 us; beside the decoding of a photo, the last is little.
 EXTRA = 16
 EXTRA_OF_SQUARES = 4

@@ -281,7 +281,8 @@ def read_raw_square(path: str, offset: int, size: int, squares: Squares, out: Nu
     if size != len(header) + out.nbytes:
         return False
     found = bytearray(len(header))
-    read_into(path, offset, [memoryview(found), memoryview(out.numpy()).cast("B")])
+    values: Any = out.numpy()
+    read_into(path, offset, [memoryview(found), memoryview(values).cast("B")])
     return found == header
 
 
