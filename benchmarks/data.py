@@ -48,6 +48,7 @@ from fastmim.mim.targets import HOG
 
 BATCH = 128
 SCALE = (0.2, 1.0)
+KINDS: tuple[Literal["jpeg", "raw"], ...] = ("jpeg", "raw")
 
 
 class Baseline(Dataset[torch.Tensor]):
@@ -237,23 +238,14 @@ def main() -> None:
             "folder, 2 workers": partial(ours, Pictures(table), resolution, 2),
         }
         facts: dict[str, dict[str, str]] = {"folder": quality(table, None, resolution, 200)}
-        for size in options.sizes:
-            small, speed = prepared(table, scratch, size, "jpeg")
-            pictures = Pictures(small)
-            note(f"prepare jpeg {size}", speed, "")
-            methods[f"prepared jpeg {size}, crop on CPU"] = partial(ours, pictures, resolution, 1)
-            methods[f"prepared jpeg {size}, squares"] = partial(ours, pictures, resolution, 1, "device")
-            facts[f"prepared jpeg {size}, crop on CPU"] = quality(table, pictures, resolution, 200) | {
-                "kib": f"{small.bytes / len(small) / 1024:.1f}"
-            }
-        size = options.sizes[-1]
-        small, speed = prepared(table, scratch, size, "raw")
-        note(f"prepare raw {size}", speed, "")
-        methods[f"prepared raw {size}, crop on CPU"] = partial(ours, Pictures(small), resolution, 1)
-        methods[f"prepared raw {size}, squares"] = partial(ours, Pictures(small), resolution, 1, "device")
-        facts[f"prepared raw {size}, crop on CPU"] = quality(table, Pictures(small), resolution, 200) | {
-            "kib": f"{small.bytes / len(small) / 1024:.1f}"
-        }
+        for size, kind in itertools.product(options.sizes, KINDS):
+            small, speed = prepared(table, scratch, size, kind)
+            pictures, name = Pictures(small), f"prepared {kind} {size}"
+            note(f"prepare {kind} {size}", speed, "")
+            methods[f"{name}, crop on CPU"] = partial(ours, pictures, resolution, 1)
+            methods[f"{name}, squares"] = partial(ours, pictures, resolution, 1, "device")
+            kib = f"{small.bytes / len(small) / 1024:.1f}"
+            facts[f"{name}, crop on CPU"] = quality(table, pictures, resolution, 200) | {"kib": kib}
         for name, (speed, ratio) in compare(methods, options.rounds, options.seconds).items():
             note(name, speed, ratio, **facts.get(name, {}))
         large = large_photos(table, scratch / "large")
@@ -272,6 +264,7 @@ def main() -> None:
         work = statistics.median(one for one, _ in pairs)
         note("folder, a worker's work alone", work, statistics.median(two / one for one, two in pairs))
         for device in [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available():
+            size = options.sizes[-1]
             cost = device_crop(device, size, resolution)
             note(f"crop of {size} px squares on {device.type}", 1e6 / cost, "")
     print(rows.append("data", found))

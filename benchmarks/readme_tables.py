@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README.md from results/*.csv, between their marks; ``--check`` only compares.
+"""Writes the tables of README.md and docs/data.md from results/*.csv, between their marks; ``--check`` only compares.
 
 python benchmarks/readme_tables.py
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import rows
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+HOME = Path(__file__).resolve().parents[1]
+# Images a second that one H200 takes of ViT-B/16 at 128 px (assumed), and multiply-accumulates at 224 px (billions).
+DEMAND, COST = 10_000, {"ViT-S/16": 4.6, "ViT-B/16": 17.6, "ViT-L/16": 61.6}
 
 
 def gain(name: str) -> str:
@@ -51,16 +53,56 @@ def backbones() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "demo": lambda: gain("demo"),
-    "imagenette": lambda: gain("imagenette"),
-    "backbones": backbones,
+def data() -> str:
+    """Images a second of every way to feed a device, as ratios to the baseline of the same run."""
+    lines = ["| | images/s | times the baseline | PSNR | HOG error | KiB |", "|---|---|---|---|---|---|"]
+    newest = _newest_data()
+    for row in newest:
+        if row["method"].startswith("crop of"):
+            continue
+        quality = [row["psnr"], row["hog_error"], row["kib"]]
+        lines.append(f"| {' | '.join([row['method'], row['images_per_s'], row['ratio'], *quality])} |")
+    crops = [row for row in newest if row["method"].startswith("crop of")]
+    cut = "; ".join(f"{row['method']}: {1e6 / float(row['images_per_s']):.0f} us an image" for row in crops)
+    one = newest[0]
+    return "\n".join(
+        [*lines, "", f"({one['resolution']} px; {one['machine']}; medians of rounds that take turns. {cut}.)"]
+    )
+
+
+def cores() -> str:
+    """How many cores of the measured machine feed one H200."""
+    speed = {row["method"]: float(row["images_per_s"]) for row in _newest_data()}
+    largest = max(int(name.split()[2].rstrip(",")) for name in speed if name.startswith("prepared jpeg"))
+    ways = {
+        "Pillow + torchvision": "folder, baseline",
+        "folder": "folder",
+        f"prepared JPEG of {largest} px, crop on the CPU": f"prepared jpeg {largest}, crop on CPU",
+        f"prepared JPEG of {largest} px, crop on the GPU": f"prepared jpeg {largest}, squares",
+        f"prepared values of {largest} px, crop on the GPU": f"prepared raw {largest}, squares",
+    }
+    lines = [f"| | {' | '.join(COST)} |", "|---" * (1 + len(COST)) + "|"]
+    demands = [DEMAND * COST["ViT-B/16"] / cost for cost in COST.values()]
+    lines.append(f"| images/s | {' | '.join(f'{demand:,.0f}' for demand in demands)} |")
+    for way, method in ways.items():
+        lines.append(f"| {way} | {' | '.join(f'{demand / speed[method]:.1f}' for demand in demands)} |")
+    return "\n".join(lines)
+
+
+def _newest_data() -> list[dict[str, str]]:
+    found = rows.read("data")
+    return [row for row in found if (row["commit"], row["machine"]) == (found[-1]["commit"], found[-1]["machine"])]
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": lambda: gain("demo"), "imagenette": lambda: gain("imagenette"), "backbones": backbones},
+    "docs/data.md": {"data": data, "cores": cores},
 }
 
 
-def filled(text: str) -> str:
-    """README.md with its tables as the results say."""
-    for name, table in TABLES.items():
+def filled(page: str, text: str) -> str:
+    """A page with its tables as the results say."""
+    for name, table in PAGES[page].items():
         before, mark, rest = text.partition(f"<!-- table:{name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         text = f"{before}{mark}{table()}\n{end}{after}"
@@ -68,8 +110,9 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv:
-        sys.exit("README.md is not what results/ say; run benchmarks/readme_tables.py" if before != after else 0)
-    README.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        before = (HOME / page).read_text(encoding="utf-8")
+        after = filled(page, before)
+        if "--check" in sys.argv and before != after:
+            sys.exit(f"{page} is not what results/ say; run benchmarks/readme_tables.py")
+        (HOME / page).write_text(after, encoding="utf-8")

@@ -15,6 +15,8 @@ _PUBLIC = {
     "pretrain": "fastmim.runs",
     "resume": "fastmim.runs",
     "probe": "fastmim.runs",
+    "scan": "fastmim.data.sources.scan",
+    "prepare_images": "fastmim.data.prepared.prepare",
     "Run": "fastmim.run_folder",
     "Config": "fastmim.config",
     "UserError": "fastmim.errors",
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from fastmim.backbones.adapter import Stage as Stage
     from fastmim.backbones.hiding import HidingBackbone as HidingBackbone
     from fastmim.config import Config as Config
+    from fastmim.data.prepared.prepare import prepare_images as prepare_images
+    from fastmim.data.sources.scan import scan as scan
     from fastmim.errors import UserError as UserError
     from fastmim.mim.decoder import LinearDecoder as LinearDecoder
     from fastmim.mim.decoder import TransformerDecoder as TransformerDecoder

@@ -2,8 +2,8 @@
 """In which order images are seen: a pure function of (images, seed, epoch), so that its state is one integer.
 
 Images that can be read in any order are permuted as a whole. Shards in an object store are not read image by image:
-there the order of the shards is random, and the images of ``window`` shards at a time are mixed. Two images of one
-shard are then met within one window, not anywhere in the epoch; benchmarks/shuffle.py measures how little that is.
+there the order of the shards is random, and the images of ``window`` shards at a time are mixed. That mixes well,
+because a prepared shard holds one of every so many images of the source: something of all, however they were sorted.
 """
 
 import functools
@@ -55,16 +55,18 @@ class WindowedOrder:
     """The order of an epoch over the shards of ``table``: shards at random, ``window`` of them mixed at a time.
 
     Args:
-        table: its rows lie shard by shard.
+        table: its containers are the shards.
         seed: what the order follows from.
         window: shards that are mixed.
     """
 
     def __init__(self, table: ImageTable, seed: int, window: int) -> None:
         self.seed, self.window = seed, window
-        begins = np.flatnonzero(np.diff(table.container, prepend=-1))
-        self._rows = np.split(np.arange(len(table)), begins[1:])
-        self._shard = table.container[begins]
+        by_shard = np.argsort(table.container, kind="stable")
+        sorted_containers = table.container[by_shard]
+        begins = np.flatnonzero(np.diff(sorted_containers, prepend=-1))
+        self._rows = np.split(by_shard, begins[1:])
+        self._shard = sorted_containers[begins]
         self._sizes = np.array([len(rows) for rows in self._rows])
         self._count = len(table)
 

@@ -12,8 +12,9 @@ MAX_BYTES = 256 * 2**20
 class BadImage(Exception):  # noqa: N818 - the fault is the image's
     """A file that cannot be used as an image.
 
-    ``reason`` is one of: missing, unreadable, not a regular file, empty, too many bytes, not an image,
-    too many pixels, truncated, damaged, no finite values; or says which channels were found and which were wanted.
+    ``reason`` is one of: missing, unreadable, not a regular file, empty, too many bytes, not an image, too many pixels,
+    too many scans, truncated, damaged, no finite values, complex numbers; or says which channels or values were found
+    and what would read them.
     """
 
     def __init__(self, reason: str) -> None:

@@ -52,6 +52,7 @@ class DicomPicture:
         from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
         from pydicom.pixels.utils import pixel_array
 
+        _check_codec(self.dataset)
         _check_frame(self.dataset)
         values = pixel_array(self.dataset, index=0)
         if self.dataset.PhotometricInterpretation == "PALETTE COLOR":
@@ -160,6 +161,16 @@ def _between_percentiles(values: Float32[np.ndarray, "H W"]) -> Float32[np.ndarr
 
 def _first(value: Any) -> Any:
     return value if isinstance(value, int | float | str) else value[0]
+
+
+def _check_codec(dataset: Any) -> None:
+    """Raises BadImage where no installed plugin can decode the pixels."""
+    from pydicom.pixels.decoders.base import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not get_decoder(syntax).is_available:
+        # Its licence (GPL) is not one to bring along unasked.
+        raise BadImage(f"{syntax.name}; decoded with pip install pylibjpeg-libjpeg")
 
 
 def _check_frame(dataset: Any) -> None:

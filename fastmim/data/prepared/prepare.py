@@ -220,7 +220,7 @@ def _check_disk(table: ImageTable, todo: list[int], plan: Plan, folder: Path) ->
         values = squares.side**2 * squares.channels * np.dtype(squares.dtype).itemsize
         sizes = [len(npy_header(squares)) + values]
     else:
-        rows = [row for number in todo for row in _rows(plan, number)]
+        rows = [row for number in todo for row in plan.rows(number)]
         sizes = []
         for row in rows[:: max(1, len(rows) // MEASURED)][:MEASURED]:
             with contextlib.suppress(BadImage):
@@ -235,12 +235,8 @@ def _check_disk(table: ImageTable, todo: list[int], plan: Plan, folder: Path) ->
         )
 
 
-def _rows(plan: Plan, number: int) -> range:
-    return range(number * plan.shard_images, min(plan.images, (number + 1) * plan.shard_images))
-
-
 def _images(plan: Plan, numbers: Sequence[int]) -> int:
-    return sum(len(_rows(plan, number)) for number in numbers)
+    return sum(len(plan.rows(number)) for number in numbers)
 
 
 def _summary(folder: Path, plan: Plan, notes: list[ShardNote], complete: bool) -> Summary:
@@ -250,12 +246,12 @@ def _summary(folder: Path, plan: Plan, notes: list[ShardNote], complete: bool) -
 
 
 def _write_bad(folder: Path, bad: Sequence[tuple[str, str]]) -> None:
-    """Lists bad images, in the order of the images; no list where there are none."""
+    """Lists bad images by path; no list where there are none."""
     if not bad:
         (folder / BAD_IMAGES).unlink(missing_ok=True)
         return
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([("path", "reason"), *bad])
+    csv.writer(text).writerows([("path", "reason"), *sorted(bad)])
     write_or_refuse(folder / BAD_IMAGES, text.getvalue().encode("utf-8", "surrogateescape"))
 
 

@@ -56,6 +56,10 @@ class Plan(Record):
         """Number of shards of the whole set."""
         return -(-self.images // self.shard_images)
 
+    def rows(self, number: int) -> range:
+        """The images of a shard: one of each ``shards``, so that it shows something of all, however they are sorted."""
+        return range(number, self.images, self.shards)
+
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""

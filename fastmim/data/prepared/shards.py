@@ -98,7 +98,7 @@ def load_prepared(place: str) -> ImageTable:
     shift = np.concatenate([[0], np.cumsum([len(one["names"]) for one in columns])])
     end = np.concatenate([one["ends"] + first for one, first in zip(columns, shift[:-1], strict=True)])
     plan = prepared.plan
-    return ImageTable(
+    table = ImageTable(
         blob=b"".join(one["names"].tobytes() for one in columns),
         start=np.concatenate([[0], end[:-1]]).astype(np.int64),
         end=end,
@@ -111,6 +111,8 @@ def load_prepared(place: str) -> ImageTable:
         squares=plan.squares,
         source=prepared.digest,
     )
+    # The order of the source, in which neighbours lie in different shards.
+    return table.take(np.argsort(np.concatenate([one["key"] for one in columns]), kind="stable"))
 
 
 def load_manifest(place: str) -> Prepared:

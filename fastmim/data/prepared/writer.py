@@ -127,7 +127,6 @@ def write_shard(
         UserError: another process is writing it.
         OSError: the folder cannot be written to.
     """
-    rows = range(number * plan.shard_images, min(len(table), (number + 1) * plan.shard_images))
     final = {ending: folder / file_name(number, ending) for ending in ("tar", "npz", "json")}
     try:
         with claimed(_scratch(folder, number), PATIENCE) as claim:
@@ -135,7 +134,7 @@ def write_shard(
             final["json"].unlink(missing_ok=True)
             tar, index = TarWriter(claim.file), _Index()
             bad: list[tuple[str, str]] = []
-            images = _images(table, rows, plan, begin, deadly)
+            images = _images(table, plan.rows(number), plan, begin, deadly)
             for report in _add_all(table, images, plan, tar, index):
                 bad += report.bad
                 yield report
