@@ -5,14 +5,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
-from fastmim.config import Section
+from fastmim.config import DataConfig, Section
 from fastmim.errors import UserError
+
+if TYPE_CHECKING:
+    from fastmim.data.table import Squares
 
 
 class Scan(Section):
@@ -36,7 +39,7 @@ class Scan(Section):
     out: str | None = None
     """Also write everything that was found to this file, as JSON."""
     cache: bool = True
-    """Remember what was found in each file, so that the next scan opens only new and changed ones."""
+    """Use what an earlier scan found in files that have not changed, and keep what is found; --no-cache opens all."""
 
 
 class Prepare(Section):
@@ -50,7 +53,7 @@ class Prepare(Section):
     out: str
     """The folder to write to; what is there already is kept and gone on with."""
     resolution: int = Field(default=128, ge=8)
-    """The largest training crop that is planned, in pixels."""
+    """The largest training crop that is planned, in pixels; pretrain wants the same word."""
     size: int | None = Field(default=None, ge=8)
     """Side of the stored squares; twice the resolution when not given."""
     format: Literal["jpeg", "raw"] | None = None
@@ -135,12 +138,14 @@ def prepare(words: dict[str, Any]) -> int:
         listed = f", listed in {done.out / BAD_IMAGES}" if done.complete else ""
         print(f"left out: {done.bad:,} images that cannot be read{listed}")
     if done.complete:
-        print(f"train:    fastmim pretrain {done.out}{_options_of(done.squares.channels, done.squares.dtype)}")
+        print(f"train:    fastmim pretrain {done.out}{_options_of(done.squares)}")
     else:
         print(f"then:     fastmim prepare --out {done.out} --merge, when all parts are in this folder")
     return 0
 
 
-def _options_of(channels: int, dtype: str) -> str:
-    """The words without which pretrain would not see what was stored."""
-    return (f" --channels {channels}" if channels != 3 else "") + (" --values raw" if dtype == "float32" else "")
+def _options_of(squares: "Squares") -> str:
+    """The words without which pretrain would not see what was stored, or at another size than was planned."""
+    words = f" --channels {squares.channels}" if squares.channels != 3 else ""
+    words += " --values raw" if squares.dtype == "float32" else ""
+    return words + (f" --resolution {squares.side // 2}" if squares.side // 2 != DataConfig().resolution else "")

@@ -2,6 +2,7 @@
 """The images of a run, from its options: found, split, opened, and cut into batches."""
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,13 @@ def find_images(config: Config) -> ImageTable:
             raise UserError(f"{where} of {squares.channels} channels ({values}); train on them with {fit}")
         if squares.side < data.resolution:
             raise UserError(
-                f"{where} of {squares.side} px, too small for --resolution {data.resolution}; prepare them again with"
-                f" --resolution {data.resolution}"
+                f"{where} of {squares.side} px, too small for --resolution {data.resolution}; train with"
+                f" --resolution {squares.side // 2}, or prepare them again with --resolution {data.resolution}"
             )
         if data.cache != "none":
             raise UserError(f"{where} that are small already; leave --cache out")
+    elif data.crop_on == "device" and data.cache == "none":
+        raise UserError("--crop-on device needs squares: use what fastmim prepare wrote, or --cache ram")
     first_look(table, data.channels, data.values == "raw")
     return table
 
@@ -89,21 +92,16 @@ def training_pictures(config: Config, table: ImageTable, folder: Path, here: Ran
             data.cache_size or 2 * data.resolution,
             data.channels,
             data.values == "raw",
-            path=folder / "cache" / "squares.bin" if data.cache == "disk" else None,
+            # A file for each machine: two cannot map one file of a shared disk.
+            path=folder / "cache" / f"squares-{socket.gethostname()}.bin" if data.cache == "disk" else None,
             fingerprint=table.fingerprint,
-            share=SHARE / here.world,
+            share=SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", here.world)),
         )
     return Pictures(table, data.channels, data.values == "raw", cache, _shard_cache(config, table))
 
 
 def crop_place(config: Config, pictures: Pictures, device: torch.device) -> str:
-    """Where crops are cut.
-
-    Raises:
-        UserError: on the device is wanted, but there are no squares to hand over.
-    """
-    if config.data.crop_on == "device" and pictures.side is None:
-        raise UserError("--crop-on device needs squares: use what fastmim prepare wrote, or --cache ram")
+    """Where crops are cut."""
     chosen = "device" if device.type == "cuda" and pictures.side is not None else "cpu"
     return config.data.crop_on or chosen
 
@@ -164,15 +162,12 @@ def waiting_remedy(config: Config, pictures: Pictures, workers: int, device: tor
         remedies.append(f"--workers {cores - 1} (now {workers}; this machine has {cores} cores)")
     data, count = config.data, len(pictures.table)
     if pictures.side is None:
-        side = 2 * data.resolution
-        if count * side * side * data.channels < SHARE * psutil.virtual_memory().available:
-            remedies.append("--cache ram, as all images fit into memory")
+        side = data.cache_size or 2 * data.resolution
+        if count * side * side * data.channels * pictures.dtype.itemsize < SHARE * psutil.virtual_memory().available:
+            remedies.append("--cache ram in another run, as all images fit into memory")
         # Writing a square costs about as much as reading a crop, and half as much again to encode it.
         minutes = 1.5 * count / (images_per_s * cores / max(1, workers)) / 60
-        remedies.append(
-            f"fastmim prepare {data.paths[0]} --out FOLDER --resolution {data.resolution}, once, in about"
-            f" {max(1, round(minutes))} minutes, then training on FOLDER"
-        )
+        remedies.append(f"what fastmim prepare makes of the images, once, in about {max(1, round(minutes))} minutes")
     elif data.crop_on == "cpu" and device.type == "cuda":
-        remedies.append("--crop-on device")
+        remedies.append("--crop-on device in another run")
     return "; or ".join(remedies) or "more or faster cores"

@@ -18,6 +18,7 @@ from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
 from fastmim.data.loader import EvalLoader
 from fastmim.data.table import ImageTable
+from fastmim.data.workers import lost_workers
 from fastmim.errors import UserError
 from fastmim.export import verify
 from fastmim.report.page import write_report
@@ -221,11 +222,7 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
     device = pick_device(config.system.device, here.local)
     system = config.system
     train, held_out = split(config, files)
-    if not here.first:
-        barrier()  # the first rank makes the file of the cache
     pictures = training_pictures(config, files.take(train), folder, here)
-    if here.first:
-        barrier()
     config = update(with_statistics(config, files), {"crop_on": crop_place(config, pictures, device)})
     torch.manual_seed(derive(config.optim.seed, "init"))
     started = bool(Checkpoints(folder / "checkpoints").steps())  # then its weights are there, and need no network
@@ -256,7 +253,8 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
         what = f"{config.method.model} on {len(train)} images of {config.data.resolution} px"
         log.say(f"{folder}: {what}, {steps} steps on {device}")
         kept = Checkpoints(folder / "checkpoints", system.keep)
-        state = Fit(task, loader, course, kept, log, device, here).run()
+        with lost_workers(folder):
+            state = Fit(task, loader, course, kept, log, device, here).run()
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")
             # Held-out images first: what is shown should be unseen; neighbours want more images than those.
@@ -316,7 +314,7 @@ def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
     changed = update(config, changes)
     for section in ("data", "method", "optim"):
         for name, value in getattr(config, section):
-            if name != "epochs" and getattr(changed, section) != getattr(config, section):
+            if name not in ("epochs", "max_bad") and getattr(changed, section) != getattr(config, section):
                 new = getattr(getattr(changed, section), name)
                 if new != value:
                     raise UserError(

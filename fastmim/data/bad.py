@@ -8,6 +8,8 @@ from typing import Any
 
 from fastmim.errors import UserError
 
+MEND = "mend or remove them"
+
 
 class BadImages:
     """Keeps the reason for every unreadable image, lists each once in a CSV file, and stops when they are too many.
@@ -16,10 +18,11 @@ class BadImages:
         total: images of the run.
         max_share: share of them that may be unreadable.
         log: the CSV file (path, reason), which lists those of earlier sittings too.
+        mend: what a person can do.
     """
 
-    def __init__(self, total: int, max_share: float, log: Path | None) -> None:
-        self.total, self.max_share, self.log = total, max_share, log
+    def __init__(self, total: int, max_share: float, log: Path | None, mend: str = MEND) -> None:
+        self.total, self.max_share, self.log, self.mend = total, max_share, log, mend
         self.reasons: dict[str, str] = {}
         if log is not None and log.exists():
             with _open_csv(log, "r") as file:
@@ -42,7 +45,7 @@ class BadImages:
             where = f", all in {str(self.log)!r}" if self.log is not None else ""
             raise UserError(
                 f"{len(self.reasons)} of {self.total} images ({len(self.reasons) / self.total:.1%}) cannot be read; "
-                f"first {path!r}: {reason}{where}; mend or remove them, or allow more with max_bad"
+                f"first {path!r}: {reason}{where}; {self.mend}, or allow more with --max-bad"
             )
 
     @staticmethod

@@ -5,6 +5,7 @@ Every crop is taken from the square, in the first epoch too: so what is learnt d
 and a run that goes on with an empty one sees the same pixels.
 """
 
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastmim.errors import UserError
 
 # What a cache in memory may take of what is free when it is made; the rest is for the network and its neighbours.
 SHARE = 0.5
-_SIZES = 8  # bytes of (width, height) of a picture; 0 before its square is there
+_SIZES = 8  # bytes of width and height of a picture, in one number; 0 before its square is there
 
 
 class SquareCache:
@@ -59,26 +60,26 @@ class SquareCache:
             self.capacity = count
             memory = _open_file(path, count * (self._record + _SIZES), f"{fingerprint} {side} {channels} {raw}")
         sizes = self.capacity * _SIZES
-        self._sizes = np.frombuffer(memory, np.int32, 2 * self.capacity).reshape(-1, 2)
+        self._sizes = np.frombuffer(memory, np.int64, self.capacity)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=sizes) if self.capacity else None
 
     def get(self, index: int) -> tuple[int, int, Num[Tensor, "C N N"]] | None:
         """(width, height, square) of an image, or None if it is not there (yet)."""
         if index >= self.capacity:
             return None
-        width, height = self._sizes[index].tolist()
-        return (width, height, self._square(index)) if width else None
+        size = int(self._sizes[index])
+        return (size >> 32, size & 0xFFFFFFFF, self._square(index)) if size else None
 
     def put(self, index: int, width: int, height: int, pixels: Num[Tensor, "C N N"]) -> None:
         """Keeps the square of an image of ``width`` x ``height`` pixels, if there is room."""
         if index < self.capacity:
             self._square(index).copy_(pixels)
-            # The size comes last: it says that the square is whole.
-            self._sizes[index] = width, height
+            # The size comes last, and at once: it says that the square is whole.
+            self._sizes[index] = width << 32 | height
 
     def __len__(self) -> int:
         """Number of squares that are there."""
-        return int(np.count_nonzero(self._sizes[:, 0]))
+        return int(np.count_nonzero(self._sizes))
 
     def _square(self, index: int) -> Num[Tensor, "C N N"]:
         assert self._bytes is not None
@@ -95,21 +96,31 @@ def _open_file(path: Path, size: int, content: str) -> mmap.mmap:
     """
     label = path.with_suffix(".txt")
     wanted = f"{content} {_boot()}"
-    fits = path.exists() and path.stat().st_size == size
-    if not (fits and label.exists() and label.read_text(encoding="utf-8") == wanted):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # of several ranks, one makes it
+        fits = path.exists() and path.stat().st_size == size
+        if not (fits and label.exists() and label.read_text(encoding="utf-8") == wanted):
+            label.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            _make_file(path, size)
+            label.write_text(wanted, encoding="utf-8")
+        with path.open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+
+
+def _make_file(path: Path, size: int) -> None:
+    """All of its room is taken at once: a mapping that finds no room later kills the process."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
         path.unlink(missing_ok=True)
         free = psutil.disk_usage(str(path.parent)).free
-        if size > free:
-            raise UserError(
-                f"--cache disk needs {size / 1e9:.1f} GB in {str(path.parent)!r}, where {free / 1e9:.1f} GB are free;"
-                " use fastmim prepare (about an eighth of that), or --cache none"
-            )
-        with path.open("wb") as file:
-            file.truncate(max(1, size))  # a sparse file: it takes room as it is filled
-        label.write_text(wanted, encoding="utf-8")
-    with path.open("r+b") as file:
-        return mmap.mmap(file.fileno(), 0)
+        raise UserError(
+            f"--cache disk needs {size / 1e9:.1f} GB in {str(path.parent)!r}, where {free / 1e9:.1f} GB are free"
+            f" ({error.strerror}); use fastmim prepare (about an eighth of that), or --cache none"
+        ) from None
 
 
 def _boot() -> str:

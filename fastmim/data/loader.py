@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmim.data.augment import centre_box
-from fastmim.data.bad import BadImages
+from fastmim.data.bad import MEND, BadImages
 from fastmim.data.device_crop import crop_squares
 from fastmim.data.order import Order, WindowedOrder
 from fastmim.data.pictures import Pictures
@@ -98,12 +98,12 @@ class TrainLoader:
         self._share = global_batch // world_size
         self._first = rank * self._share
         side = pictures.side if self.on_device else None
-        slots = _slots(self._phases, workers)
-        longest = max(_bytes(phase, side, pictures) for phase in phases)
-        self._ring = Ring(slots, longest) if not workers or METHOD == "fork" else None
-        self._samples = TrainSamples(pictures, crop_scale, flip, seed, side, self._ring)
-        self._transfer = Transfer(torch.device(device))
-        self._bad = BadImages(len(table), max_bad, bad_log)
+        self._slots = _slots(self._phases, workers)
+        self._longest = max(_bytes(phase, side, pictures) for phase in phases)
+        self._samples = TrainSamples(pictures, crop_scale, flip, seed, side, None)
+        self._device = torch.device(device)
+        mend = MEND if table.squares is None else "delete their shards and run their fastmim prepare again"
+        self._bad = BadImages(len(table), max_bad, bad_log, mend)
         self.bad = self._bad.reasons
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -132,29 +132,31 @@ class TrainLoader:
             UserError: more than the allowed share of the images cannot be read.
         """
         parts: list[dict[str, Any]] = []
+        ring = Ring(self._slots, self._longest) if not self.workers or METHOD == "fork" else None
+        samples, transfer = replace(self._samples, ring=ring), Transfer(self._device)
         # Closed by name, because an exception would keep the workers for as long as somebody looks at it.
-        with contextlib.closing(work(self._samples, self._pieces(start_step), self.workers)) as answers:
+        with contextlib.closing(work(samples, self._pieces(start_step), self.workers)) as answers:
             try:
                 for answer in answers:
-                    self._transfer.lock(self._ring)
+                    transfer.lock(ring)
                     self._bad.add(answer["bad"], answer["complete"])
                     parts.append(answer)
                     if answer["last"]:
-                        yield answer["resolution"], self._batch(parts)
+                        yield answer["resolution"], transfer.copy(self._batch(parts, ring))
                         parts = []
             finally:
-                self._transfer.unlock()
+                transfer.unlock()
 
-    def _batch(self, parts: list[dict[str, Any]]) -> Batch:
-        if self._ring is None:
+    def _batch(self, parts: list[dict[str, Any]], ring: Ring | None) -> Batch:
+        if ring is None:
             images = torch.cat([part["images"] for part in parts])
         else:
-            images = self._ring.view(parts[0]["number"], parts[0]["shape"], self.pictures.dtype)
+            images = ring.view(parts[0]["number"], parts[0]["shape"], self.pictures.dtype)
         found = {"images": images, "keys": torch.tensor([key for part in parts for key in part["keys"]])}
         if self.on_device:
             found["boxes"] = torch.tensor([box for part in parts for box in part["boxes"]])
             found["mirror"] = torch.tensor([mirror for part in parts for mirror in part["mirror"]])
-        return self._transfer.copy(found)
+        return found
 
     def _pieces(self, start_step: int) -> Iterator[Piece]:
         """The work of this rank, batch by batch, cut so that all workers share a batch."""
@@ -218,19 +220,19 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         places = range(len(self.pictures.table))
         cut = (list(places[first : first + self._batch_size]) for first in places[:: self._batch_size])
-        for answer in work(_EvalSamples(self.pictures, self.resolution), cut, self._workers):
-            self.bad.update(answer["bad"])
-            good = answer["good"]
-            if not good:
-                continue
-            batch = {
-                "images": answer["images"],
-                "keys": torch.tensor([derive(0, "eval", index) for index in good]),
-                "indices": torch.tensor(good),
-            }
-            if self.labels is not None:
-                batch["labels"] = torch.tensor([self.labels[index] for index in good])
-            yield batch
+        samples = _EvalSamples(self.pictures, self.resolution)
+        with contextlib.closing(work(samples, cut, self._workers)) as answers:
+            for answer in answers:
+                self.bad.update(answer["bad"])
+                if answer["good"]:
+                    yield self._batch(answer["images"], answer["good"])
+
+    def _batch(self, images: Tensor, good: list[int]) -> Batch:
+        keys = torch.tensor([derive(0, "eval", index) for index in good])
+        batch = {"images": images, "keys": keys, "indices": torch.tensor(good)}
+        if self.labels is not None:
+            batch["labels"] = torch.tensor([self.labels[index] for index in good])
+        return batch
 
 
 @dataclass(frozen=True)

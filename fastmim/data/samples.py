@@ -114,6 +114,7 @@ class TrainSamples(Dataset[Any]):
                 bad.append((self.pictures.table.path(chosen), error.reason))
             cut = self.cut(epoch, index)  # the same draws again, for a picture of another size
             chosen = derive(self.seed, "replace", epoch, index, attempt) % len(self.pictures.table)
+        image.zero_()  # the run ends with this; but no pixels of an earlier batch should be taken for it
         return None
 
     def _write(self, image: Num[Tensor, "_ _ _"], index: int, cut: Cut) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches from the ring to the device that trains."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ class Transfer:
         """Page-locks a ring. After the workers were forked: they share the memory, but not the driver's state."""
         if self._stream is not None and ring is not None and self._locked is None:
             code = torch.cuda.cudart().cudaHostRegister(ring.memory.data_ptr(), ring.memory.numel(), 0)
-            if int(code) == 0:  # else the copies are slower, not wrong
+            if int(code) == 0:
                 self._locked = ring
+            else:  # copies are slower then, not wrong; but the next kernel would raise what the driver remembers
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=self.device)
 
     def unlock(self) -> None:
         """Gives the memory back."""

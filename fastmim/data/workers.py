@@ -11,7 +11,8 @@ import signal
 import sys
 import warnings
 import weakref
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,25 @@ def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
         if isinstance(answer, UserError):
             raise answer
         yield answer
+
+
+@contextlib.contextmanager
+def lost_workers(run: Path) -> Iterator[None]:
+    """One line where torch has many: it raises wherever the main process is when a worker dies.
+
+    Raises:
+        UserError: a worker was killed, or gave no answer for too long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader "):
+            raise
+        reason = str(error).splitlines()[0].removeprefix("DataLoader ")
+        raise UserError(
+            f"a process that reads images was lost ({reason}): out of memory, or a file that takes too long?"
+            f" Go on with 'fastmim resume {run}', perhaps with fewer --workers"
+        ) from None
 
 
 _begun: "weakref.WeakSet[Answers]" = weakref.WeakSet()

@@ -81,5 +81,8 @@ def _collect(
         if progress:
             progress(len(batch["images"]))
     if not vectors:
-        raise UserError("none of the images to measure on can be read")
+        first = next(iter(getattr(loader, "bad", {}).items()), None)
+        raise UserError(
+            "none of the images to measure on can be read" + (f"; first {first[0]!r}: {first[1]}" if first else "")
+        )
     return torch.cat(vectors), torch.cat(labels) if labels else None

@@ -38,6 +38,8 @@ def advise(findings: Findings) -> tuple[Advice, ...]:
 
 def resolution(findings: Findings) -> int:
     """The training resolution that suits the images: no more pixels than they have, if 32 will do."""
+    if findings.prepared is not None:
+        return findings.prepared // 2  # what prepare made them for
     side = findings.short_side.median if findings.short_side is not None else float(RESOLUTION)
     if side >= RESOLUTION:
         return RESOLUTION
@@ -119,6 +121,10 @@ def _resolution(findings: Findings) -> Advice | None:
     side, best = findings.short_side, resolution(findings)
     if side is None or best == RESOLUTION:
         return None
+    if findings.prepared is not None:
+        return Advice(
+            f"squares of {findings.prepared} px are made for crops of half their side", f"--resolution {best}"
+        )
     reason = f"the shorter side is {side.median:.0f} px (median): more pixels than that would be invented"
     if side.median < best:
         reason = f"the shorter side is {side.median:.0f} px (median): {best} is the nearest that networks can take"

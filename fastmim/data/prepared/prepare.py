@@ -162,7 +162,7 @@ def merge(out: str | Path) -> Summary:
     if missing:
         raise UserError(
             f"{len(missing)} of {plan.shards} shards in {str(folder)!r} are not there or not whole: {_ranges(missing)};"
-            " run the parts that make them again (part I/N makes shard I-1 and every Nth after it)"
+            " wait for the process that is at them, or run what makes them (part I/N: shard I-1 and every Nth after it)"
         )
     found = [note for note in notes if note is not None]
     bad = [(path, reason) for note in found for path, reason in note.bad]
