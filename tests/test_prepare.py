@@ -627,7 +627,7 @@ def test_the_command_prepares_and_says_what_next(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("prepared: 40 images in 5 shards, 0.")
     assert lines[1].startswith("time:") and lines[1].endswith("images/s")
-    assert lines[2] == f"train:    fastmim pretrain {tmp_path / 'set'}"
+    assert lines[2] == f"train:    fastmim pretrain {tmp_path / 'set'} --resolution 16"
     assert content_of(tmp_path / "set") == content_of(made)
 
 
@@ -639,7 +639,7 @@ def test_the_command_makes_parts_and_merges(photos: Path, tmp_path: Path, capsys
         assert main([*words, "--part", part]) == 0
         assert f"then:     fastmim prepare --out {out} --merge" in capsys.readouterr().out
     assert main(["prepare", "--out", out, "--merge"]) == 0
-    assert f"train:    fastmim pretrain {out} --values raw" in capsys.readouterr().out.splitlines()
+    assert f"train:    fastmim pretrain {out} --values raw --resolution 8" in capsys.readouterr().out.splitlines()
     for wrong, wanted in [
         (["prepare", "--out", out], "prepare needs DATA"),
         (["prepare", str(photos), "--out", out, "--merge"], "--merge joins the parts in --out"),

@@ -4,6 +4,7 @@
 import csv
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,43 @@ def test_an_export_can_be_the_start_of_another_run(photos: Path, tmp_path: Path)
     assert isinstance(second.load(), type(timm.create_model("vit_tiny_patch16_224", num_classes=0)))
     folder, difference = runs.export(second, out=str(tmp_path / "again"))
     assert folder == tmp_path / "again" and difference < 1e-5
+
+
+def test_more_bad_images_can_be_allowed_when_going_on(photos: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(photos, tmp_path / "images")
+    for name in ("003.jpg", "004.jpg", "005.jpg"):
+        (images / name).write_bytes(b"")
+    words = {**TINY, "data": str(images), "out": tmp_path / "run", "holdout": 0.0}
+    with pytest.raises(UserError, match=r"cannot be read; .* or allow more with --max-bad"):
+        fastmim.pretrain(**words, max_bad=0.01)
+    run = fastmim.resume(tmp_path / "run", changes={"max_bad": 0.2})
+    assert run.status["state"] == "finished" and run.config.data.max_bad == 0.2
+
+
+def test_training_on_many_channels_of_raw_values(tmp_path: Path) -> None:
+    """From GeoTIFFs of five bands of 16 bits to an export that timm builds for five channels."""
+    rasterio = pytest.importorskip("rasterio")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these pictures lie nowhere on Earth
+        for index in range(16):
+            bands = rng.normal(3000, 500, (5, 40, 40)) * np.arange(1, 6)[:, None, None]
+            shape = {"height": 40, "width": 40, "count": 5, "dtype": "uint16"}
+            with rasterio.open(folder / f"{index}.tif", "w", driver="GTiff", **shape) as file:
+                file.write(bands.clip(0, 65535).astype(np.uint16))
+    words = {**TINY, "channels": 5, "values": "raw"}
+    for target in ("hog", "pixels"):
+        run = fastmim.pretrain(data=str(folder), out=tmp_path / target, target=target, **words)
+        assert run.status["state"] == "finished" and run.config.data.mean is not None
+        assert run.config.data.mean[4] == pytest.approx(15000, rel=0.1)
+        assert run.load()(torch.zeros(1, 5, 32, 32)).shape[0] == 1
+        assert (run.path / "report.html").exists()
+    fastmim.prepare_images(
+        [str(folder)], tmp_path / "set", resolution=32, channels=5, values="raw", workers=0, quiet=True
+    )
+    again = fastmim.pretrain(data=str(tmp_path / "set"), out=tmp_path / "prepared", **words)
+    assert again.status["state"] == "finished"
+    with pytest.raises(UserError, match="train on them with --channels 5 --values raw"):
+        fastmim.pretrain(data=str(tmp_path / "set"), out=tmp_path / "wrong", **TINY)
