@@ -312,6 +312,7 @@ def check_remote(place: str, folder: Path, names: list[str]) -> None:
     for process in processes:
         process.join()
     assert sizes == {Path(path).stat().st_size for path in here.containers}
-    copy = read_range(cache.local(there.containers[2]), int(there.offset[39]), int(there.size[39]))
+    shard = there.containers[there.container[39]]
+    copy = read_range(cache.local(shard), int(there.offset[39]), int(there.size[39]))
     assert here.squares is not None and decode_square(copy, here.squares).shape == (3, 32, 32)
     shutil.rmtree(folder / "cache")

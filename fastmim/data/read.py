@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of one image, or ``BadImage`` with the reason. Nothing is decoded here."""
 
+import contextlib
 import functools
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 MAX_BYTES = 256 * 2**20
 
@@ -37,15 +38,11 @@ def read_file(path: str) -> bytes:
         from fastmim.data.sources.remote import read_object
 
         return read_object(path)
-    try:
+    with _reasons():
         # Before opening: opening a pipe waits for ever, and a device may do anything.
         _judge(os.stat(path))  # noqa: PTH116 - a Path costs as much as the reading
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             return file.read()
-    except FileNotFoundError:
-        raise BadImage("missing") from None
-    except OSError as error:
-        raise BadImage("unreadable") from error
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -62,12 +59,8 @@ def read_range(path: str, offset: int, size: int) -> bytes:
         from fastmim.data.sources.remote import read_object
 
         return read_object(path, offset, size)
-    try:
+    with _reasons():
         content = os.pread(_opened(path), size, offset)
-    except FileNotFoundError:
-        raise BadImage("missing") from None
-    except OSError as error:
-        raise BadImage("unreadable") from error
     if len(content) < size:
         raise BadImage("truncated")
     return content
@@ -85,14 +78,21 @@ def read_into(path: str, offset: int, buffers: Sequence[memoryview]) -> None:
         for buffer in buffers:
             buffer[:], content = content[: buffer.nbytes], content[buffer.nbytes :]
         return
-    try:
+    with _reasons():
         found = os.preadv(_opened(path), buffers, offset)
+    if found < wanted:
+        raise BadImage("truncated")
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """What the system says, in our words."""
+    try:
+        yield
     except FileNotFoundError:
         raise BadImage("missing") from None
     except OSError as error:
         raise BadImage("unreadable") from error
-    if found < wanted:
-        raise BadImage("truncated")
 
 
 def _judge(status: os.stat_result) -> None:
