@@ -20,6 +20,7 @@ from fastmim.data.read import is_remote
 from fastmim.data.sources.scan import first_look, scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
+from fastmim.machine import cores
 from fastmim.seeding import derive
 from fastmim.train.device import pick_workers
 from fastmim.train.distributed import Ranks
@@ -156,17 +157,17 @@ def waiting_remedy(config: Config, pictures: Pictures, workers: int, device: tor
         device: that waits.
         images_per_s: what they reach together.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = cores()
     remedies = []
-    if workers < cores - 1:
-        remedies.append(f"--workers {cores - 1} (now {workers}; this machine has {cores} cores)")
+    if workers < available - 1:
+        remedies.append(f"--workers {available - 1} (now {workers}; this machine has {available} cores)")
     data, count = config.data, len(pictures.table)
     if pictures.side is None:
         side = data.cache_size or 2 * data.resolution
         if count * side * side * data.channels * pictures.dtype.itemsize < SHARE * psutil.virtual_memory().available:
             remedies.append("--cache ram in another run, as all images fit into memory")
         # Writing a square costs about as much as reading a crop, and half as much again to encode it.
-        minutes = 1.5 * count / (images_per_s * cores / max(1, workers)) / 60
+        minutes = 1.5 * count / (images_per_s * available / max(1, workers)) / 60
         remedies.append(f"what fastmim prepare makes of the images, once, in about {max(1, round(minutes))} minutes")
     elif data.crop_on == "cpu" and device.type == "cuda":
         remedies.append("--crop-on device in another run")

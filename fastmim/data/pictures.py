@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of any source, of which a crop can be taken: a photo, or a small square that stands for one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -84,10 +83,6 @@ class Pictures:
     raw: bool = False
     cache: SquareCache | None = None
     shards: ShardCache | None = None
-
-    def take(self, rows: Sequence[int]) -> "Pictures":
-        """The pictures at ``rows``, without the cache, whose places are those of the whole table."""
-        return replace(self, table=self.table.take(rows), cache=None)
 
     @property
     def dtype(self) -> torch.dtype:

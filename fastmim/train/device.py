@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the run computes with: device, arithmetic, loader processes; and the record of it."""
 
-import os
 import platform
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ import torchvision
 
 from fastmim import __version__
 from fastmim.errors import UserError
+from fastmim.machine import cores
 
 
 def pick_device(name: str | None, local: int = 0) -> torch.device:
@@ -45,10 +45,10 @@ def pick_workers(count: int | None, device: torch.device) -> int:
     """Loader processes: the cores but one, at most 16; on a CPU one, because the network needs the cores."""
     if count is not None:
         return count
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == 1:
+    available = cores()
+    if available == 1:
         return 0
-    return 1 if device.type == "cpu" else min(16, cores - 1)
+    return 1 if device.type == "cpu" else min(16, available - 1)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fastmim.data.read import BadImage, is_remote
 from fastmim.data.sources.scan import FORMAT_OF_SUFFIX
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
+from fastmim.machine import cores
 
 PEEK = 32
 """Images from whose headers channels and values are chosen."""
@@ -56,7 +57,7 @@ def inspect(
         UserError: channels or values are asked of a prepared set that has others.
     """
     begun = time.monotonic()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = cores()
     memory = found.Memory.load(remember) if remember else found.Memory()
     chosen = spread(len(table), len(table) if sample is None else sample)
     to_hash, compared = _to_hash(table, chosen)
@@ -68,7 +69,7 @@ def inspect(
     to_do = np.stack([hashing & ~rows["hashed"], opening & ~rows["opened"]], axis=1)
     wanted = [(index, *flags) for index, flags in zip(indices.tolist(), to_do.tolist(), strict=True) if any(flags)]
     remembered = int((opening & rows["opened"]).sum())
-    _look(Look(table, channels, raw), wanted, indices, rows, cores if workers is None else workers)
+    _look(Look(table, channels, raw), wanted, indices, rows, available if workers is None else workers)
     if remember and wanted:
         memory.store(remember, rows, channels, raw, most=max(len(table), 1000))
     findings = _summarise(table, indices[opening], rows[opening], channels, raw)
@@ -76,7 +77,7 @@ def inspect(
     findings = replace(
         findings,
         remembered=remembered,
-        cores=cores,
+        cores=available,
         seconds=time.monotonic() - begun,
         exact=exact,
         near=_near(table, indices[opening], rows[opening], exact),

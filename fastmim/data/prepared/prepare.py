@@ -10,7 +10,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import shutil
 import signal
 import threading
@@ -39,6 +38,7 @@ from fastmim.data.prepared.writer import is_done, store, stored_bytes
 from fastmim.data.read import BadImage
 from fastmim.data.table import ImageTable, Squares
 from fastmim.errors import UserError
+from fastmim.machine import cores
 
 DEFAULTS = Options()
 MEASURED = 32  # images from which the size of the set is foretold
@@ -130,7 +130,7 @@ def prepare(
     total, left = _images(plan, numbers), _images(plan, todo)
     _check_disk(table, todo, plan, folder)
     bad = {path: reason for note in notes.values() if note for path, reason in note.bad}
-    workers = min(_cores() if workers is None else workers, len(todo))
+    workers = min(cores() if workers is None else workers, len(todo))
     try:
         with _sigterm_interrupts():
             _work(table, todo, plan, folder, workers, Watch(total, total - left, quiet), bad, max_bad * total)
@@ -276,7 +276,3 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
