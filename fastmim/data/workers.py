@@ -4,6 +4,7 @@
 import atexit
 import contextlib
 import ctypes
+import functools
 import mmap
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,11 +65,12 @@ def work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
 
 def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
     parallel: dict[str, Any] = {}
+    over = multiprocessing.get_context(METHOD).RawValue(ctypes.c_bool, False)
     if workers:
         parallel = {
             "multiprocessing_context": METHOD,
             "timeout": TIMEOUT,
-            "worker_init_fn": start_worker,
+            "worker_init_fn": functools.partial(start_worker, over=over),
             "prefetch_factor": AHEAD,
         }
     with warnings.catch_warnings():
@@ -87,10 +89,17 @@ def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
             **parallel,
         )
         iterator = iter(loader)
-    for answer in iterator:
-        if isinstance(answer, UserError):
-            raise answer
-        yield answer
+    try:
+        for answer in iterator:
+            if isinstance(answer, UserError):
+                raise answer
+            yield answer
+    finally:
+        over.value = True
+        if workers:
+            # By name: an exception keeps the iterator alive, until a collection of garbage ends it in whichever thread
+            # that runs, such as one that a worker waits for.
+            cast(Any, iterator)._shutdown_workers()
 
 
 @contextlib.contextmanager
@@ -140,16 +149,21 @@ def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-def start_worker(_: int = 0) -> None:
+def start_worker(_: int = 0, over: Any = None) -> None:
     """Makes this process a worker, which ends when the main process says so or dies, and not by signals.
 
     A cluster sends its signals to the whole process group; a worker that died of one would fail the main process in
     the middle of its last checkpoint.
+
+    Args:
+        over: shared; once it is true, SIGTERM ends the worker, whatever it waits for.
     """
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if over is not None:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.value else None)
     parent = multiprocessing.parent_process()
     if sys.platform == "linux" and parent is not None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
