@@ -30,7 +30,19 @@ def _numbers(value: Any) -> Any:
     return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
 
+def _phases(value: Any) -> Any:
+    """``128:0.6,160:0.4``, as a command line gives it, as pairs."""
+    return [pair.split(":") for pair in value.strip().split(",")] if isinstance(value, str) else value
+
+
+def _scales(value: Any) -> Any:
+    """``1,3,-1`` as a list; words as they are."""
+    return value.strip("[]() ").split(",") if isinstance(value, str) and value not in ("stages", "localmim") else value
+
+
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+Phases = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_phases)]
+Scales = Annotated[Literal["stages", "localmim"] | tuple[int, ...], BeforeValidator(_scales)]
 
 
 class DataConfig(Section):
@@ -39,7 +51,9 @@ class DataConfig(Section):
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")]] = ()
     """Folders (searched to any depth), files, .txt or .csv lists, .tar files, what prepare wrote, or URLs (s3://)."""
     resolution: int = Field(default=128, ge=8)
-    """Side of the square training crop in pixels; low is what makes it fast."""
+    """Side of the square training crop in pixels; low is what makes it fast. With phases, the last one's."""
+    phases: Annotated[Phases | None, tyro.conf.arg(metavar="PX:SHARE,...")] = None
+    """Sizes in turn, each for a share of the run, as 128:0.6,160:0.3,192:0.1 (FastMIM-P); one size when not given."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the picture's area that a crop covers."""
     flip: bool = True
@@ -65,8 +79,30 @@ class DataConfig(Section):
     max_bad: float = Field(default=0.05, ge=0, le=1)
     """Stop when more than this share of the images cannot be read."""
 
+    @property
+    def course(self) -> tuple[tuple[int, float], ...]:
+        """(resolution, share of the run) of every phase; one where none are given."""
+        return self.phases or ((self.resolution, 1.0),)
+
+    @property
+    def largest(self) -> int:
+        """The largest resolution of the run."""
+        return max(resolution for resolution, _ in self.course)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _end_with_the_last_phase(cls, values: Any) -> Any:
+        phases = _phases(values.get("phases")) if isinstance(values, Mapping) else None
+        return {**values, "resolution": phases[-1][0]} if phases else values
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
+        if self.phases is not None:
+            total = sum(share for _, share in self.phases)
+            if min(share for _, share in self.phases) <= 0 or abs(total - 1) > 1e-6:
+                raise ValueError(f"the shares of phases add up to {total:g}; all must be above 0, and 1 together")
+            if min(resolution for resolution, _ in self.phases) < 8:
+                raise ValueError("phases: a resolution is at least 8 px")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {low} {high}, but needs 0 < smallest <= largest <= 1")
@@ -89,24 +125,42 @@ class MethodConfig(Section):
     """Start from timm's released weights (needs the network) instead of from scratch."""
     model_args: dict[str, Any] = {}
     """Further arguments for timm's create_model, as JSON or YAML: {"drop_path_rate": 0.1}."""
+    discard: int = Field(default=0, ge=0)
+    """Last blocks of the network that take no part in pre-training; fine-tuning starts with fresh ones."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of the blocks that is hidden in every image."""
+    masking: Literal["random", "blockwise", "grid", "selective"] = "random"
+    """Which blocks: any, whole rectangles, all but one of each 2 x 2, or by the energy of their gradients."""
+    masks: int = Field(default=1, ge=1, le=16)
+    """Masks of each decoded image and step, which hide different parts of it."""
+    predict_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the blocks that is predicted, at most mask_ratio; all hidden ones when not given."""
     block: int | None = Field(default=None, ge=1)
     """Side of a hidden block in pixels; about an eighth of the crop, but not below the stride, when not given."""
-    hide: Literal["pixels", "tokens", "drop"] = "pixels"
-    """How blocks are hidden: a learnt colour (any network), a learnt token, or not encoded at all (fastest)."""
-    target: Literal["hog", "pixels", "pixels_norm"] = "hog"
-    """What is predicted: histograms of oriented gradients, plain pixels, or pixels normalised per patch."""
+    hide: Literal["pixels", "tokens", "drop", "compact"] = "pixels"
+    """How: a learnt colour (any network), a learnt token, not encoded (fastest), or visible blocks moved together."""
+    target: Literal["hog", "hog_colour", "pixels", "pixels_norm"] = "hog"
+    """What is predicted: histograms of oriented gradients (with mean colours), pixels, or pixels normalised per patch."""
     cell: int | None = Field(default=None, ge=1)
     """Side of a target's cell in pixels; HOG: 8, or the largest divisor of the block below; pixels: the stride."""
+    scales: Annotated[Scales | None, tyro.conf.arg(metavar="MAPS")] = None
+    """Predict from several maps, finer cells from earlier ones: stages, localmim, or numbers such as 1,3,-3,-1."""
     loss: Literal["l1", "l2"] = "l2"
-    """Absolute or squared error, averaged over hidden cells and channels."""
-    decoder: Literal["linear", "transformer"] = "transformer"
-    """What turns features into the prediction; thrown away after pre-training."""
+    """Absolute or squared error, averaged over predicted cells and channels."""
+    decoder: Literal["linear", "transformer", "cross"] = "transformer"
+    """What turns features into the prediction: a layer, or blocks of attention; thrown away after pre-training."""
     decoder_dim: int | None = Field(default=None, ge=8)
-    """Width of the transformer decoder; from the network's width when not given."""
+    """Width of the decoder's blocks; from the network's width when not given."""
     decoder_depth: int | None = Field(default=None, ge=1)
-    """Blocks of the transformer decoder; 1 for a plain network, 4 for a hierarchical one when not given."""
+    """Blocks of the decoder; 1 for a plain network, 4 for a hierarchical one when not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MethodConfig":
+        if self.predict_ratio is not None and self.predict_ratio > self.mask_ratio:
+            raise ValueError(f"predict_ratio {self.predict_ratio} is above mask_ratio {self.mask_ratio}")
+        if self.hide == "compact" and self.masking != "grid":
+            raise ValueError("hide=compact needs masking=grid, which leaves one block of each 2 x 2 to be moved together")
+        return self
 
 
 class OptimConfig(Section):

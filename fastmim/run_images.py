@@ -45,10 +45,10 @@ def find_images(config: Config) -> ImageTable:
         if (squares.channels, values) != (data.channels, data.values):
             fit = f"--channels {squares.channels} --values {values}"
             raise UserError(f"{where} of {squares.channels} channels ({values}); train on them with {fit}")
-        if squares.side < data.resolution:
+        if squares.side < data.largest:
             raise UserError(
-                f"{where} of {squares.side} px, too small for --resolution {data.resolution}; train with"
-                f" --resolution {squares.side // 2}, or prepare them again with --resolution {data.resolution}"
+                f"{where} of {squares.side} px, too small for --resolution {data.largest}; train with"
+                f" --resolution {squares.side // 2}, or prepare them again with --resolution {data.largest}"
             )
         if data.cache != "none":
             raise UserError(f"{where} that are small already; leave --cache out")
@@ -90,7 +90,7 @@ def training_pictures(config: Config, table: ImageTable, folder: Path, here: Ran
     if data.cache != "none":
         cache = SquareCache(
             len(table),
-            data.cache_size or 2 * data.resolution,
+            data.cache_size or 2 * data.largest,
             data.channels,
             data.values == "raw",
             # A file for each machine: two cannot map one file of a shared disk.
@@ -107,16 +107,32 @@ def crop_place(config: Config, pictures: Pictures, device: torch.device) -> str:
     return config.data.crop_on or chosen
 
 
+def phases(config: Config, steps: int, world: int) -> list[Phase]:
+    """Sizes of crops and micro-batches over a run of ``steps`` steps, of a resolved configuration.
+
+    The micro-batch of the first phase shrinks as the images' area grows, so that memory stays bounded; it divides what
+    each of the ``world`` ranks has of a step.
+    """
+    optim, course = config.optim, config.data.course
+    assert optim.global_batch is not None and optim.micro_batch is not None
+    share, found, done = optim.global_batch // world, [], 0.0
+    for resolution, part in course:
+        fits = optim.micro_batch * (course[0][0] / resolution) ** 2
+        micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= max(1, fits))
+        found.append(Phase(round(done * steps), resolution, micro))
+        done += part
+    return found
+
+
 def training_loader(
-    config: Config, pictures: Pictures, device: torch.device, here: Ranks, bad_log: Path | None
+    config: Config, pictures: Pictures, steps: int, device: torch.device, here: Ranks, bad_log: Path | None
 ) -> TrainLoader:
     """The stream of batches of a resolved configuration."""
     data, optim = config.data, config.optim
-    assert optim.global_batch is not None and optim.micro_batch is not None
-    assert data.crop_on is not None
+    assert optim.global_batch is not None and data.crop_on is not None
     return TrainLoader(
         pictures,
-        phases=[Phase(0, data.resolution, optim.micro_batch)],
+        phases=phases(config, steps, here.world),
         crop_scale=data.crop_scale,
         flip=data.flip,
         seed=optim.seed,
@@ -163,7 +179,7 @@ def waiting_remedy(config: Config, pictures: Pictures, workers: int, device: tor
         remedies.append(f"--workers {available - 1} (now {workers}; this machine has {available} cores)")
     data, count = config.data, len(pictures.table)
     if pictures.side is None:
-        side = data.cache_size or 2 * data.resolution
+        side = data.cache_size or 2 * data.largest
         if count * side * side * data.channels * pictures.dtype.itemsize < SHARE * psutil.virtual_memory().available:
             remedies.append("--cache ram in another run, as all images fit into memory")
         # Writing a square costs about as much as reading a crop, and half as much again to encode it.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmim.backbones.adapter import build
+from fastmim.backbones.adapter import build, scale_indices
+from fastmim.backbones.hiding import backbone_side
 from fastmim.config import Config, update
 from fastmim.errors import UserError
 from fastmim.export import export_state, export_timm
@@ -22,17 +23,29 @@ from fastmim.train.distributed import Ranks
 Network = Any
 
 
-def build_network(config: Config, network: nn.Module | None) -> Network:
-    """The user's own module, or a timm network for the run's images."""
+def build_network(config: Config, network: nn.Module | None, side: int | None = None) -> Network:
+    """The user's own module, or a timm network for images of ``side`` pixels; of the run's first phase when not given.
+
+    Raises:
+        UserError: the network does not fit the options; or it cannot change to the sizes of later phases.
+    """
+    method, course = config.method, config.data.course
     if network is not None:
+        if method.discard:
+            raise UserError("--discard is for timm's networks; leave the last layers out of your own module instead")
         return network
-    method = config.method
-    return build(
+    args = network_args(method.model_args, config.data.channels)
+    backbone = build(
         method.model,
-        config.data.resolution,
-        model_args=network_args(method.model_args, config.data.channels),
+        backbone_side(side or course[0][0], method.hide),
+        model_args=args,
         pretrained=method.pretrained,
+        indices=None if method.scales is None else scale_indices(method.model, args, method.scales, method.discard),
+        discard=method.discard,
     )
+    for resolution, _ in course[1:]:
+        backbone.check_resize(backbone_side(resolution, method.hide))
+    return backbone
 
 
 def network_args(model_args: dict[str, Any], channels: int) -> dict[str, Any]:
@@ -45,7 +58,7 @@ def untrained_network(config: Config, network: nn.Module | None, side: int) -> N
     if network is not None:
         raise UserError("a module of your own has no untrained twin here; probe it before and after training")
     torch.manual_seed(derive(config.optim.seed, "init"))
-    return build_network(update(config, {"resolution": side}), None)
+    return whole_network(build_network(update(config, {"pretrained": False, "phases": None}), None, side), side)
 
 
 def trained_network(run: Run, network: nn.Module | None, side: int | None = None) -> Network:
@@ -54,18 +67,24 @@ def trained_network(run: Run, network: nn.Module | None, side: int | None = None
     found, _ = Checkpoints(run.path / "checkpoints").latest()
     if found is None:
         raise UserError(f"{run.path} has no checkpoint yet")
-    backbone = build_network(update(config, {"pretrained": False}), network)
+    resolution = config.data.course[found.state.get("phase", 0)][0]
+    backbone = build_network(update(config, {"pretrained": False}), network, resolution)
     mim = build_mim(config, backbone)
     mim.load_state_dict({name.removeprefix("mim."): value for name, value in found.tensors["model"].items()})
-    if side not in (None, config.data.resolution):
-        folder = export_network(run, backbone, run.exported)
-        return build(f"local-dir:{folder.resolve()}", side, pretrained=True)
-    return backbone
+    return whole_network(backbone, side or resolution)
+
+
+def whole_network(backbone: Network, resolution: int) -> Network:
+    """The network for whole images of ``resolution`` pixels: itself, or a copy where it was built for others."""
+    if getattr(backbone, "resolution", resolution) == resolution:
+        return backbone
+    return backbone.at(resolution)
 
 
 def export_network(run: Run, backbone: Network, folder: Path) -> Path:
     """Writes the network's weights, as a timm folder where it is one of timm's."""
     config, data, status = run.config, run.read("data.json") or {}, run.status
+    backbone = whole_network(backbone, config.data.resolution)
     card = {
         "method": f"{config.method.recipe}: {config.method.target} targets, {config.method.mask_ratio:.0%} hidden",
         "images": f"{data.get('images', '?')} images, resolution {config.data.resolution} px",
@@ -91,10 +110,11 @@ def with_micro_batch(config: Config, task: Pretrain, device: torch.device, here:
     """The configuration with the largest micro-batch that fits the device."""
     assert config.optim.global_batch is not None
     data = config.data
+    side = data.course[0][0]
 
     def example(count: int) -> dict[str, Tensor]:
         dtype = torch.float32 if data.values == "raw" else torch.uint8
-        images = torch.zeros(count, data.channels, data.resolution, data.resolution, dtype=dtype, device=device)
+        images = torch.zeros(count, data.channels, side, side, dtype=dtype, device=device)
         return {"images": images, "keys": torch.arange(count, device=device)}
 
     size = find_micro_batch(task, example, config.optim.global_batch // here.world, device, free_memory(device))

@@ -27,6 +27,7 @@ from fastmim.run_images import (
     crop_place,
     eval_loader,
     find_images,
+    phases,
     split,
     training_loader,
     training_pictures,
@@ -40,11 +41,13 @@ from fastmim.run_network import (
     export_network,
     trained_network,
     untrained_network,
+    whole_network,
     with_micro_batch,
 )
 from fastmim.seeding import derive
-from fastmim.tasks.pretrain import Pretrain, build_mim, resolve
+from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.probe import run_probe
+from fastmim.tasks.resolve import resolve
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
 from fastmim.train.distributed import Ranks, barrier, ranks
@@ -124,9 +127,11 @@ def plan(config: Config) -> dict[str, Any]:
         "network": config.method.model,
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "stages": [dataclasses.astuple(stage) for stage in backbone.stages],
-        "resolution": config.data.resolution,
+        "resolution": ", ".join(f"{resolution} ({share:.0%})" for resolution, share in config.data.course),
         "block": config.method.block,
         "target": f"{config.method.target}, cells of {config.method.cell} px",
+        "masking": f"{config.method.masking}, {config.method.mask_ratio:.0%} hidden by {config.method.hide}"
+        + (f", {config.method.masks} masks an image" if config.method.masks > 1 else ""),
         "decoder": _decoder(config),
         "steps": count_steps(config, len(train)),
         "global_batch": config.optim.global_batch,
@@ -237,11 +242,13 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
     if system.compile:
         task.compile()
     run = _open(folder, config, files, held_out, device, here)
-    loader = training_loader(config, pictures, device, here, folder / "bad_images.csv" if here.first else None)
     steps = count_steps(config, len(train))
+    bad_log = folder / "bad_images.csv" if here.first else None
+    loader = training_loader(config, pictures, steps, device, here, bad_log)
     course = Plan(
         optim=config.optim,
         steps=steps,
+        phases=phases(config, steps, here.world),
         images=len(train),
         log_every=system.log_every,
         eval_steps=max(1, math.ceil(system.eval_every * steps)) if unseen or labels else 0,
@@ -250,7 +257,8 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
         remedy=functools.partial(waiting_remedy, config, pictures, loader.workers, device),
     )
     with RunLog(folder, system.tensorboard, quiet=not here.first) as log:
-        what = f"{config.method.model} on {len(train)} images of {config.data.resolution} px"
+        sizes = ", then ".join(f"{resolution} px" for resolution, _ in config.data.course)
+        what = f"{config.method.model} on {len(train)} images of {sizes}"
         log.say(f"{folder}: {what}, {steps} steps on {device}")
         kept = Checkpoints(folder / "checkpoints", system.keep)
         with lost_workers(folder):
@@ -281,7 +289,8 @@ def _finish(
     (run.path / "images" / "neighbours.safetensors").write_bytes(task.neighbours(gallery))
     if labels is not None and hasattr(backbone, "architecture"):
         result = run_probe(
-            backbone, untrained_network(config, None, config.data.resolution).to(device), labels,
+            whole_network(backbone, config.data.resolution),
+            untrained_network(config, None, config.data.resolution).to(device), labels,
             resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, device=device,
             seed=config.optim.seed, raw=config.data.values == "raw", model=config.method.model,
         )  # fmt: skip
@@ -305,7 +314,7 @@ def _open(
 
 def _decoder(config: Config) -> str:
     method = config.method
-    size = f", {method.decoder_dim} channels, depth {method.decoder_depth}" if method.decoder == "transformer" else ""
+    size = f", {method.decoder_dim} channels, depth {method.decoder_depth}" if method.decoder != "linear" else ""
     return method.decoder + size
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hiding blocks of an image from any backbone, by one mask, whichever way it is done."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -8,8 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone, Stage
+from fastmim.backbones.compact import Spread, compacted, kept_blocks
 from fastmim.errors import UserError
 from fastmim.mask import resize_mask
+
+# A parameter's name and a tensor of its old shape to the same in its new shape.
+Carry = Callable[[str, Tensor], Tensor]
 
 
 class HidesItself(Backbone, Protocol):
@@ -31,30 +36,54 @@ class HidingBackbone(nn.Module):
     Args:
         backbone: one of `fastmim.backbones.adapter.build`, or any module with the members of
             `fastmim.backbones.adapter.Backbone`.
-        how: "pixels" paints hidden blocks in a learnt colour, in front of the network, and so works with every one.
-            "tokens" and "drop" are done by the backbone itself, see `HidesItself`.
+        how: "pixels" paints hidden blocks in a learnt colour, in front of the network, and so works with every one;
+            "compact" moves the visible blocks together in front of it, see `fastmim.backbones.compact`. "tokens" and
+            "drop" are done by the backbone itself, see `HidesItself`.
         channels: of the images.
+        block: side of a hidden block in pixels; only "compact" must know it beforehand.
+
+    Attributes:
+        stages: channels and stride of each map that ``forward`` returns.
 
     Raises:
         UserError: a member is missing, or the backbone cannot hide in this way.
     """
 
-    def __init__(self, backbone: nn.Module, how: str = "pixels", channels: int = 3) -> None:
+    def __init__(self, backbone: nn.Module, how: str = "pixels", channels: int = 3, block: int | None = None) -> None:
         super().__init__()
         require_backbone(backbone)
-        ways = {"pixels"} | set(getattr(backbone, "hides", ()))
+        ways = {"pixels", "compact"} | set(getattr(backbone, "hides", ()))
         if how not in ways:
             raise UserError(f"hide: this backbone cannot hide by '{how}'; what works: {', '.join(sorted(ways))}")
         self.backbone: Any = backbone
         self.how = how
-        if how == "pixels":
+        self.stages: tuple[Stage, ...] = self.backbone.stages
+        self.spread: Spread | None = None
+        if how in ("pixels", "compact"):
             self.colour = nn.Parameter(torch.zeros(1, channels, 1, 1))  # images are normalised: 0 is their mean
         else:
             cast(HidesItself, backbone).hide_by(how)
+        if how == "compact":
+            if block is None:
+                raise ValueError("'compact' needs the side of a block")
+            self.spread = Spread(self.stages, block)
+            self.stages = self.spread.stages
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.backbone.stages
+    def resize(self, resolution: int) -> Carry:
+        """Prepares for images of ``resolution`` pixels, where the network's weights depend on the size.
+
+        Returns:
+            What brings a tensor of an old parameter's shape (by its name here) to the shape that it has now.
+
+        Raises:
+            UserError: the network cannot take that size, or cannot change it.
+        """
+        if not hasattr(self.backbone, "resize"):  # a network of the user's own: the size is its own matter
+            return lambda name, value: value
+        carry = self.backbone.resize(backbone_side(resolution, self.how))
+        return lambda name, value: (
+            carry(name.removeprefix("backbone."), value) if name.startswith("backbone.") else value
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """What to hand over: the backbone's weights, without what was learnt for hiding."""
@@ -76,11 +105,12 @@ class HidingBackbone(nn.Module):
         mask: Bool[Tensor, "B g g"] | None = None,
         hidden: int | None = None,
     ) -> list[Float[Tensor, "B _C _h _w"]]:
-        """One dense map for each stage; after "drop", hidden places are zero.
+        """One dense map for each stage; after "drop" and "compact", hidden places are zero.
 
         Args:
             images: normalised, square.
-            mask: True = hidden, on a grid of ``H / g`` pixels a block; nothing is hidden without it.
+            mask: True = hidden, on a grid of ``H / g`` pixels a block. Nothing is hidden without it, and maps are as the
+                backbone's own stages say. "compact": at most one block of each 2 x 2 is visible.
             hidden: hidden blocks per image, the same in every image. "drop" must know it; when it is not given it is
                 counted, which waits for the device.
 
@@ -90,9 +120,14 @@ class HidingBackbone(nn.Module):
         """
         if mask is None:
             maps = self.backbone(images)
-        elif self.how == "pixels":
+            _check_maps(maps, self.backbone.stages, images)
+            return maps
+        if self.how == "pixels":
             painted = resize_mask(mask, images.shape[-1]).unsqueeze(1)
             maps = self.backbone(torch.where(painted, self.colour.to(images.dtype), images))
+        elif self.spread is not None:
+            kept = kept_blocks(mask)
+            maps = self.spread(self.backbone(compacted(images, mask, kept, self.colour.to(images.dtype))), mask, kept)
         else:
             block, patch = _block(images, mask), self.backbone.mask_stride
             if block % patch:
@@ -104,6 +139,19 @@ class HidingBackbone(nn.Module):
             maps = self.backbone(images, resize_mask(mask, images.shape[-1] // patch), places)
         _check_maps(maps, self.stages, images)
         return maps
+
+
+def backbone_side(resolution: int, how: str) -> int:
+    """Side in pixels of what the network itself sees of an image; half of it, where visible blocks are moved together.
+
+    Raises:
+        UserError: it cannot be halved.
+    """
+    if how != "compact":
+        return resolution
+    if resolution % 2:
+        raise UserError(f"hide: 'compact' halves the side of images, which is {resolution} px; choose an even one")
+    return resolution // 2
 
 
 def require_backbone(network: nn.Module) -> None:

@@ -213,6 +213,16 @@ class EvalLoader:
         self._batch_size, self._workers = batch_size, workers
         self.bad: dict[str, str] = {}
 
+    def at(self, resolution: int) -> "EvalLoader":
+        """The same images at another size."""
+        return EvalLoader(
+            self.pictures,
+            resolution=resolution,
+            batch_size=self._batch_size,
+            labels=self.labels,
+            workers=self._workers,
+        )
+
     def __len__(self) -> int:
         """Number of batches; a batch of which no image can be read is not yielded."""
         return math.ceil(len(self.pictures.table) / self._batch_size)

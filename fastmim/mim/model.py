@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked image modelling in one screen: hide, encode, decode, compare with the target where it was hidden."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmim.mask import resize_mask
 from fastmim.mim.decoder import Decoder
-from fastmim.mim.masking import Masking
+from fastmim.mim.masking import Masking, Masks
 from fastmim.mim.targets import Target
 
 Images = UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"]
@@ -22,12 +23,12 @@ def as_floats(images: Images) -> Float[Tensor, "B C H W"]:
 
 
 class MIMOutput(NamedTuple):
-    """Everything that a step computes, so that it can be looked at."""
+    """Everything that a step computes, so that it can be looked at. One prediction and target for each scale."""
 
     loss: Float[Tensor, ""]
-    prediction: Float[Tensor, "B channels cells cells"]
-    target: Float[Tensor, "B channels cells cells"]
-    mask: Bool[Tensor, "B g g"]
+    predictions: list[Float[Tensor, "N _channels _h _w"]]
+    targets: list[Float[Tensor, "B _channels _h _w"]]
+    masks: Masks
 
 
 @runtime_checkable
@@ -35,20 +36,21 @@ class HidingEncoder(Protocol):
     """Encodes what is visible of images, such as ``fastmim.HidingBackbone``."""
 
     def __call__(
-        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B g g"], hidden: int
-    ) -> list[Float[Tensor, "B _D _h _w"]]:
+        self, images: Float[Tensor, "N C H W"], mask: Bool[Tensor, "N g g"], hidden: int
+    ) -> list[Float[Tensor, "N _D _h _w"]]:
         """Dense maps, shallow to deep; ``hidden`` blocks of each image are True in ``mask``."""
         ...
 
 
-class MIM(nn.Module):
+class MaskedImageModel(nn.Module):
     """Masked image modelling with any backbone, masking, target and decoder.
 
     Args:
         backbone: images, a mask of blocks (True = hidden) and their number to dense maps, shallow to deep.
-        decoder: maps and mask to a prediction on the target's grid.
-        target: images to what is predicted.
-        masking: keys of samples to masks.
+        masking: keys of samples to masks; ``masks`` of them for each image, whose target is computed once.
+        target: images to what is predicted; several for several scales, whose losses are added up.
+        decoder: maps and masks to a prediction on the target's grid; one for each target, and each then sees the map
+            of its own place alone.
         block: side of a hidden block in pixels.
         mean: subtracted from each channel (bytes count as 0 to 1).
         std: each channel is divided by it.
@@ -61,54 +63,71 @@ class MIM(nn.Module):
     def __init__(
         self,
         backbone: HidingEncoder,
-        decoder: Decoder,
-        target: Target,
         masking: Masking,
-        block: int,
+        target: Target | Sequence[Target],
+        decoder: Decoder | Sequence[Decoder],
+        *,
+        block: int = 16,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         loss: str = "l2",
     ) -> None:
         super().__init__()
-        self.backbone, self.decoder, self.target, self.masking = backbone, decoder, target, masking
-        self.block, self.loss = block, loss
+        self.backbone, self.masking, self.block, self.loss = backbone, masking, block, loss
+        self.targets = nn.ModuleList(target if isinstance(target, Sequence) else [target])  # type: ignore[arg-type]
+        self.decoders = nn.ModuleList(decoder if isinstance(decoder, Sequence) else [decoder])  # type: ignore[arg-type]
+        if len(self.targets) != len(self.decoders):
+            raise ValueError(f"{len(self.targets)} targets need as many decoders, not {len(self.decoders)}")
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images: Images, keys: Int64[Tensor, " B"]) -> MIMOutput:
-        """One prediction of the hidden part of each image.
+    def forward(self, images: Images, keys: Int64[Tensor, " B"], progress: Tensor | float = 0.0) -> MIMOutput:
+        """One prediction of the hidden part of each image, for each of its masks.
 
         Args:
             images: crops whose side is a multiple of ``block``; bytes, or floats in the units of mean and std.
-            keys: one seed per image; its mask follows from it.
+            keys: one seed per image; its masks follow from it.
+            progress: share of the run that is done, for maskings that change with it.
         """
         normalised = (as_floats(images) - self.mean) / self.std
-        side = images.shape[-1] // self.block
-        mask = self.masking(keys, side)
-        target = self.target(normalised)
-        prediction = self.decoder(self.backbone(normalised, mask, self.masking.hidden(side)), mask)
-        # One rank evaluates alone; only training steps are made by all of them together.
-        loss = masked_loss(prediction, target, mask, self.loss, all_ranks=self.training)
-        return MIMOutput(loss, prediction, target, mask)
+        masks = self.masking(keys, images.shape[-1] // self.block, normalised, progress)
+        maps = self.backbone(_repeated(normalised, self.masking.masks), masks.hidden, masks.hidden_count)
+        # A single decoder may look at all maps; of several, each has the one of its own scale.
+        seen = [maps] if len(self.decoders) == 1 else [[one] for one in maps]
+        predictions = [decoder(some, masks) for decoder, some in zip(self.decoders, seen, strict=True)]
+        targets = [target(normalised) for target in self.targets]
+        losses = [
+            # One rank evaluates alone; only training steps are made by all of them together.
+            masked_loss(prediction, _repeated(target, self.masking.masks), masks.predicted, self.loss, self.training)
+            for prediction, target in zip(predictions, targets, strict=True)
+        ]
+        return MIMOutput(torch.stack(losses).sum(), predictions, targets, masks)
 
 
 def masked_loss(
-    prediction: Float[Tensor, "B C h w"],
-    target: Float[Tensor, "B C h w"],
-    mask: Bool[Tensor, "B g g"],
+    prediction: Float[Tensor, "N C h w"],
+    target: Float[Tensor, "N C h w"],
+    mask: Bool[Tensor, "N g g"],
     kind: str = "l2",
     all_ranks: bool = False,
 ) -> Float[Tensor, ""]:
-    """Mean over hidden cells and channels of the squared ("l2") or absolute ("l1") error, in float32.
+    """Mean over predicted cells and channels of the squared ("l2") or absolute ("l1") error, in float32.
 
-    With ``all_ranks``, which all of them must then call, the hidden cells are counted over all of them, and the result
-    is scaled so that the mean of the ranks' gradients is the gradient of the mean over all hidden cells.
+    A cell that is larger than the blocks of ``mask`` counts when all of its blocks are True. With ``all_ranks``, which
+    all of them must then call, the cells are counted over all of them, and the result is scaled so that the mean of the
+    ranks' gradients is the gradient of the mean over all cells.
     """
-    hidden = resize_mask(mask, target.shape[-1])[:, None]
+    counted = resize_mask(mask, target.shape[-1])[:, None]
     error = prediction.float() - target
     error = (error.square() if kind == "l2" else error.abs()).mean(dim=1, keepdim=True)
-    count = hidden.sum().float()
+    count = counted.sum().float()
     if all_ranks and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    return (error * hidden).sum() / count
+    # A mask of small blocks may hide no large cell at all: then the sum is 0 as well.
+    return (error * counted).sum() / count.clamp(min=1e-6)
+
+
+def _repeated(images: Float[Tensor, "B C h w"], masks: int) -> Float[Tensor, "N C h w"]:
+    """All images under their first mask, then under their second ..."""
+    return images if masks == 1 else images.repeat(masks, 1, 1, 1)

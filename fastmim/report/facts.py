@@ -15,8 +15,24 @@ from fastmim.report.folder import Record, RunFolder
 
 # Options that say where a run goes, not what it is.
 PLACE = {"out", "overwrite", "allow_data_change"}
-TARGETS = {"hog": "HOG", "pixels": "pixels", "pixels_norm": "normalised pixels"}
-HIDING = {"pixels": "by a learnt colour", "tokens": "by a learnt token", "drop": "by not encoding them"}
+TARGETS = {
+    "hog": "HOG",
+    "hog_colour": "HOG and mean colours",
+    "pixels": "pixels",
+    "pixels_norm": "normalised pixels",
+}
+HIDING = {
+    "pixels": "by a learnt colour",
+    "tokens": "by a learnt token",
+    "drop": "by not encoding them",
+    "compact": "by moving the visible ones together",
+}
+MASKING = {
+    "random": "",
+    "blockwise": " in rectangles",
+    "grid": " (all but one of each 2 x 2)",
+    "selective": " (chosen by their gradients)",
+}
 
 
 def duration(seconds: float) -> str:
@@ -91,7 +107,7 @@ def lead(run: RunFolder) -> str:
     words = [config.method.model if config else "A network", "was pre-trained", _start(config)]
     words.append(f"on {images:,} unlabelled images" if images else "on unlabelled images")
     words.append(f"from {dataset_name(config)}" if dataset_name(config) else "")
-    words.append(f"at {config.data.resolution} px" if config else "")
+    words.append(f"at {', then '.join(str(size) for size, _ in config.data.course)} px" if config else "")
     epoch = last(run.train, "epoch")
     if config and finished(run):
         words.append(f"for {config.optim.epochs:g} epochs")
@@ -133,13 +149,19 @@ def key_facts(run: RunFolder) -> list[tuple[str, str]]:
         facts.append(("Images", _images(run.data)))
     if config:
         method, optim = config.method, config.optim
-        cell = f" in cells of {method.cell} px" if method.cell else ""
+        cell = f" in cells of {method.cell} px" if method.cell and not method.scales else ""
+        cell += f" on {len(method.scales)} scales" if method.scales else ""
+        part = f", {100 * method.predict_ratio:g} % of blocks" if method.predict_ratio else ""
+        masks = f", {method.masks} masks an image" if method.masks > 1 else ""
         block = f" of {method.block} px" if method.block else ""
         batch = f", {optim.global_batch:,} images a step" if optim.global_batch else ""
         facts += [
-            ("Resolution", f"{config.data.resolution} x {config.data.resolution} px"),
-            ("Hidden", f"{100 * method.mask_ratio:g} % of blocks{block}, {HIDING[method.hide]}"),
-            ("Predicted", f"{TARGETS[method.target]}{cell}, {method.loss.upper()} loss"),
+            ("Resolution", _sizes(config)),
+            (
+                "Hidden",
+                f"{100 * method.mask_ratio:g} % of blocks{block}{MASKING[method.masking]}, {HIDING[method.hide]}{masks}",
+            ),
+            ("Predicted", f"{TARGETS[method.target]}{cell}{part}, {method.loss.upper()} loss"),
             ("Length", f"{optim.epochs:g} epochs{batch}"),
         ]
     seen, seconds, loss = samples_seen(run), seconds_spent(run), last(run.evals, "val_loss")
@@ -149,6 +171,13 @@ def key_facts(run: RunFolder) -> list[tuple[str, str]]:
     facts.append(("Device", device_name(run) + precision if device_name(run) else ""))
     facts.append(("Held-out loss", f"{loss:.4g}" if loss is not None else ""))
     return [(name, value) for name, value in facts if value]
+
+
+def _sizes(config: Config) -> str:
+    course = config.data.course
+    if len(course) == 1:
+        return f"{config.data.resolution} x {config.data.resolution} px"
+    return ", then ".join(f"{size} x {size} px ({share:.0%})" for size, share in course)
 
 
 def speed(run: RunFolder) -> tuple[float, float] | None:

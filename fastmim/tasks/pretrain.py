@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-training as a Task: a backbone, what is hidden of an image, and what is predicted of it."""
 
+import copy
 import math
 from typing import Any, cast
 
@@ -9,26 +10,28 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from fastmim.backbones.adapter import Backbone
-from fastmim.backbones.hiding import HidingBackbone
+from fastmim.backbones.adapter import Backbone, Stage
+from fastmim.backbones.hiding import Carry, HidingBackbone
 from fastmim.config import Config
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
 from fastmim.data.pictures import Pictures
 from fastmim.data.table import ImageTable
-from fastmim.errors import UserError
-from fastmim.mim.decoder import DECODERS, default_size
+from fastmim.mim.decoder import DECODERS
 from fastmim.mim.masking import MASKINGS
-from fastmim.mim.model import MIM, as_floats
-from fastmim.mim.targets import TARGETS
+from fastmim.mim.model import MaskedImageModel, as_floats
+from fastmim.mim.targets import HOG, TARGETS, Target
 from fastmim.tasks.features import features
 from fastmim.tasks.param_groups import decay_groups
 from fastmim.tasks.probe import effective_rank, knn_accuracy, linear_accuracy, nearest_neighbours
+from fastmim.tasks.resolve import cells_of
 
 Batch = dict[str, Tensor]
 # Enough to judge by, and quick even on a CPU.
 _EVAL_IMAGES = 2000
 _SHOWN = 8
+_HIDING = "mim.backbone."
+_HOG_CELL = 8
 
 
 class Pretrain(nn.Module):
@@ -42,11 +45,16 @@ class Pretrain(nn.Module):
     """
 
     def __init__(
-        self, mim: MIM, config: Config, held_out: EvalLoader | None = None, labelled: Labelled | None = None
+        self,
+        mim: MaskedImageModel,
+        config: Config,
+        held_out: EvalLoader | None = None,
+        labelled: Labelled | None = None,
     ) -> None:
         super().__init__()
         self.mim, self.config, self.held_out = mim, config, held_out
         self.labelled = None if labelled is None else _loaders(labelled, config)
+        self.phase = 0
 
     @property
     def hiding(self) -> HidingBackbone:
@@ -55,12 +63,25 @@ class Pretrain(nn.Module):
         return self.mim.backbone
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of a batch ``{"images": UInt8["B C S S"], "keys": Int64["B"]}``."""
-        return self.mim(batch["images"], batch["keys"]).loss, {}
+        """The objective of a batch ``{"images": UInt8["B C S S"], "keys": Int64["B"], "progress": Float[""]}``."""
+        return self.mim(batch["images"], batch["keys"], batch.get("progress", 0.0)).loss, {}
+
+    def enter(self, phase: int) -> Carry:
+        """Goes over to the images' size in another phase, as `fastmim.train.engine.Task` tells."""
+        self.phase = phase
+        device = self.mim.mean.device
+        carry = self.hiding.resize(self.resolution)
+        self.to(device)
+        return lambda name, value: carry(name.removeprefix(_HIDING), value) if name.startswith(_HIDING) else value
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in this phase."""
+        return self.config.data.course[self.phase][0]
 
     def param_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Weights that decay, and norms, biases, mask and position tokens, which do not."""
-        skip = {f"mim.backbone.{name}" for name in self.hiding.no_weight_decay()}
+        skip = {_HIDING + name for name in self.hiding.no_weight_decay()}
         return decay_groups(self.named_parameters(), weight_decay, skip)
 
     @torch.no_grad()
@@ -68,10 +89,13 @@ class Pretrain(nn.Module):
         """``val_loss`` and ``effective_rank`` on held-out images; ``knn`` and ``linear`` in percent with labels."""
         values: dict[str, float] = {}
         if self.held_out is not None:
-            values["val_loss"] = self._held_out_loss(self.held_out)
-            values["effective_rank"] = effective_rank(self._features(self.held_out)[0])
+            unseen = self.held_out.at(self.resolution)
+            values["val_loss"] = self._held_out_loss(unseen)
+            values["effective_rank"] = effective_rank(self._features(unseen)[0])
         if self.labelled is not None:
-            (train_x, train_y), (val_x, val_y) = (self._features(loader) for loader in self.labelled)
+            (train_x, train_y), (val_x, val_y) = (
+                self._features(loader.at(self.resolution)) for loader in self.labelled
+            )
             assert train_y is not None and val_y is not None
             values["knn"] = knn_accuracy(train_x, train_y, val_x, val_y)
             with torch.enable_grad():
@@ -87,14 +111,16 @@ class Pretrain(nn.Module):
         with torch.no_grad():
             out = self.mim(images, keys)
         self.train(was_training)
+        cells = [cast(Target, target).cell for target in self.mim.targets]
+        scale = min(range(len(cells)), key=lambda place: abs(cells[place] - _HOG_CELL))
         content = {
             "images": viewable(images, self.config),
-            "mask": out.mask,
-            "target": self._shown(out.target),
-            "prediction": self._shown(out.prediction.float()),
+            "mask": out.masks.hidden[: len(images)],
+            "target": self._shown(out.targets[scale], cells[scale]),
+            "prediction": self._shown(out.predictions[scale][: len(images)].float(), cells[scale]),
         }
         method = self.config.method
-        metadata = {"target": method.target, "cell": str(self.mim.target.cell)}
+        metadata = {"target": method.target.removesuffix("_colour"), "cell": str(cells[scale])}
         return safetensors.torch.save({name: value.cpu().contiguous() for name, value in content.items()}, metadata)
 
     def neighbours(self, loader: EvalLoader, queries: int = 6, count: int = 6) -> bytes:
@@ -106,12 +132,14 @@ class Pretrain(nn.Module):
         rows = torch.cat([chosen[:, None], found], dim=1)
         return safetensors.torch.save({"thumbs": images[rows].contiguous(), "similarity": similarity.contiguous()})
 
-    def _shown(self, cells: Tensor) -> Tensor:
-        """Of pixels of many channels, those that ``viewable`` shows; histograms of all."""
-        data, cell = self.config.data, self.mim.target.cell
-        if self.config.method.target == "hog" or data.channels == 3:
-            return cells
-        colours = cells.unflatten(1, (data.channels, cell * cell))
+    def _shown(self, values: Tensor, cell: int) -> Tensor:
+        """What the report draws: of HOG with colours the histograms; of pixels of many channels, some of those."""
+        data, target = self.config.data, self.config.method.target
+        if target.startswith("hog"):
+            return values[:, : HOG(data.channels, cell).channels]
+        if data.channels == 3:
+            return values
+        colours = values.unflatten(1, (data.channels, cell * cell))
         return colours[:, _shown_channels(data.channels)].flatten(1, 2)
 
     def _held_out_loss(self, loader: EvalLoader) -> float:
@@ -126,78 +154,41 @@ class Pretrain(nn.Module):
         return (total / max(count, 1)).item()
 
     def _features(self, loader: EvalLoader) -> tuple[Tensor, Tensor | None]:
+        """Features of whole images, at the size of this phase."""
         data = self.config.data
         assert data.mean is not None and data.std is not None
-        return features(self.hiding.backbone, loader, self.mim.mean.device, data.mean, data.std)
+        network = self.hiding.backbone
+        if self.hiding.how == "compact" and hasattr(network, "resize"):
+            # It is trained on images of half the side, and its weights may be of that size.
+            network = copy.deepcopy(network)
+            network.resize(loader.resolution)
+        return features(network, loader, self.mim.mean.device, data.mean, data.std)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.mim.mean.device) for name, value in batch.items()}
 
 
-def build_mim(config: Config, backbone: Backbone) -> MIM:
+def build_mim(config: Config, backbone: Backbone) -> MaskedImageModel:
     """The model of a resolved configuration."""
-    method, stage = config.method, backbone.stages[-1]
-    assert method.block is not None and method.cell is not None
-    assert config.data.mean is not None and config.data.std is not None
-    target = TARGETS[method.target](config.data.channels, method.cell)
-    size: dict[str, Any] = {}
-    if method.decoder == "transformer":
-        size = {"fill": method.hide == "drop", "dim": method.decoder_dim, "depth": method.decoder_depth}
-    decoder = DECODERS[method.decoder](stage.channels, stage.stride, target.cell, target.channels, **size)
-    hiding = HidingBackbone(cast(nn.Module, backbone), method.hide, config.data.channels)
-    masking = MASKINGS["random"](method.mask_ratio)
-    return MIM(hiding, decoder, target, masking, method.block, config.data.mean, config.data.std, method.loss)
-
-
-def resolve(config: Config, backbone: Backbone, images: int, world: int = 1) -> Config:
-    """Every choice that was left open and can change the result, but the micro-batch, which takes a measurement.
-
-    Raises:
-        UserError: sizes that do not fit together; the nearest that do are named.
-    """
-    chosen = {"method": _method(config, backbone), "optim": _optim(config, images, world)}
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in chosen.items()}
+    method, data = config.method, config.data
+    assert method.block is not None and data.mean is not None and data.std is not None
+    hiding = HidingBackbone(cast(nn.Module, backbone), method.hide, data.channels, method.block)
+    stages = hiding.stages if method.scales else hiding.stages[-1:]
+    targets = [TARGETS[method.target](data.channels, cell) for cell in cells_of(config, stages)]
+    decoders = [_decoder(config, stage, target) for stage, target in zip(stages, targets, strict=True)]
+    masking = MASKINGS[method.masking](ratio=method.mask_ratio, masks=method.masks, predict=method.predict_ratio)
+    return MaskedImageModel(
+        hiding, masking, targets, decoders, block=method.block, mean=data.mean, std=data.std, loss=method.loss
     )
 
 
-def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
-    """Block, cell and decoder that fit the crop and the network."""
-    side, method, stage = config.data.resolution, config.method, backbone.stages[-1]
-    block = method.block or _block(side, stage.stride)
-    if side % block:
-        raise UserError(f"resolution {side} is not a multiple of the block of {block} px; {_near(side, block)}")
-    cell = method.cell or (_hog_cell(block, stage.stride) if method.target == "hog" else min(stage.stride, block))
-    if block % cell or (cell % stage.stride and stage.stride % cell):
-        raise UserError(
-            f"cells of {cell} px do not divide blocks of {block} px and fit the network's stride of {stage.stride};"
-            f" leave --cell out, or try {_hog_cell(block, stage.stride)}"
-        )
-    if method.decoder == "linear" and method.hide == "drop":
-        raise UserError("the linear decoder sees nothing of dropped blocks; use decoder=transformer, or hide=tokens")
-    blocks = (side // block) ** 2
-    if not 0 < round(method.mask_ratio * blocks) < blocks:
-        raise UserError(
-            f"mask_ratio {method.mask_ratio} hides {round(method.mask_ratio * blocks)} of {blocks} blocks;"
-            " a smaller --block or another ratio is needed"
-        )
-    if method.decoder_dim is not None and method.decoder_dim % 32:
-        raise UserError(f"decoder_dim {method.decoder_dim} is not a multiple of 32; {_near(method.decoder_dim, 32)}")
-    dim, depth = default_size(stage.channels, hierarchical=stage.stride > 16)
-    size = {"decoder_dim": method.decoder_dim or dim, "decoder_depth": method.decoder_depth or depth}
-    return {"block": block, "cell": cell, **size}
-
-
-def _optim(config: Config, images: int, world: int) -> dict[str, Any]:
-    """Global batch and learning rate."""
-    optim = config.optim
-    batch = optim.global_batch or _power_of_two(images / 32) // world * world
-    if batch % world:
-        raise UserError(f"global_batch {batch} is not a multiple of the {world} processes; {_near(batch, world)}")
-    if optim.micro_batch is not None and batch % (optim.micro_batch * world):
-        raise UserError(f"global_batch {batch} is not a multiple of {world} x micro_batch {optim.micro_batch}")
-    lr = optim.lr or (optim.lr_per_256 * batch / 256 if optim.lr_per_256 else 2.4e-3 * math.sqrt(batch / 4096))
-    return {"global_batch": batch, "lr": lr, "lr_per_256": None}
+def _decoder(config: Config, stage: Stage, target: Target) -> nn.Module:
+    method = config.method
+    size: dict[str, Any] = {}
+    if method.decoder != "linear":
+        size = {"fill": method.hide in ("drop", "compact"), "dim": method.decoder_dim, "depth": method.decoder_depth}
+        size["grid"] = config.data.course[0][0] // stage.stride
+    return DECODERS[method.decoder](stage.channels, stage.stride, target.cell, target.channels, **size)
 
 
 def _loaders(labelled: Labelled, config: Config) -> tuple[EvalLoader, EvalLoader]:
@@ -224,23 +215,3 @@ def viewable(images: Tensor, config: Config) -> UInt8[Tensor, "N 3 S S"]:
 
 def _shown_channels(channels: int) -> list[int]:
     return [0, 1, 2] if channels >= 3 else [0, 0, 0]
-
-
-def _block(resolution: int, stride: int) -> int:
-    """An eighth of the crop, as the paper's 16 px at 128, but a multiple of the stride that divides the crop."""
-    most = max(stride, resolution // 8)
-    return max((b for b in range(stride, most + 1, stride) if resolution % b == 0), default=stride)
-
-
-def _hog_cell(block: int, stride: int) -> int:
-    """The paper's 8 px, or the largest below that fits block and stride (7 for patches of 14 px)."""
-    return max(c for c in range(1, 9) if block % c == 0 and (stride % c == 0 or c % stride == 0))
-
-
-def _power_of_two(value: float) -> int:
-    return min(4096, max(64, 2 ** round(math.log2(max(value, 1)))))
-
-
-def _near(value: int, step: int) -> str:
-    below, above = value // step * step, (value // step + 1) * step
-    return f"nearest that work: {', '.join(str(size) for size in (below, above) if size > 0)}"

@@ -3,7 +3,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +35,14 @@ class Task(Protocol):
         """Groups for the optimiser."""
         ...
 
+    def enter(self, phase: int) -> Callable[[str, Tensor], Tensor]:
+        """Goes over to another phase, in which parameters may have other shapes; called only where there are several.
+
+        Returns:
+            What brings a tensor of a parameter's old shape (by its name) to its new one, linearly.
+        """
+        ...
+
     def evaluate(self) -> dict[str, float]:
         """Numbers that say whether it still learns; changes neither weights nor random state."""
         ...
@@ -53,12 +61,23 @@ class NotLearningError(UserError):
     """The loss is no longer a finite number."""
 
 
+class Phase(Protocol):
+    """A part of the run: from step ``begin`` on, ``micro_batch`` images at a time."""
+
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long, in which portions, and how often to look up."""
 
-    optim: OptimConfig  # resolved: global_batch, micro_batch and lr are numbers
+    optim: OptimConfig  # resolved: global_batch and lr are numbers
     steps: int
+    phases: Sequence[Phase]  # in order of their beginnings, the first from step 0 on
     images: int
     log_every: int = 20
     eval_steps: int = 0  # 0: never
@@ -71,6 +90,10 @@ class Plan:
         """Images per weight update over all ranks."""
         assert self.optim.global_batch is not None
         return self.optim.global_batch
+
+    def phase(self, step: int) -> int:
+        """Number of the phase to which a step belongs."""
+        return max(number for number, phase in enumerate(self.phases) if phase.begin <= step)
 
 
 @dataclass
@@ -119,14 +142,14 @@ class Fit:
     ) -> None:
         self.task, self.loader, self.plan, self.device, self.ranks = task, loader, plan, device, ranks
         self.checkpoints, self.log = checkpoints, log
-        assert plan.optim.micro_batch is not None and plan.optim.lr is not None
+        assert plan.optim.lr is not None
         self.peak = plan.optim.lr
-        self.accumulate = plan.global_batch // (plan.optim.micro_batch * ranks.world)
         self.clock = Clock()
         # The sum of the losses since the last reading stays on the device: reading it would wait for the device.
         self.loss_sum = torch.zeros((), device=device)
         self.loss_steps = 0
-        self.optimizer = adamw(task.param_groups(plan.optim.weight_decay), self.peak, plan.optim.betas)  # type: ignore[operator]
+        self.phase = 0
+        self.optimizer = self._optimizer()
         self.start = self._restore()
         self.told = False
 
@@ -150,6 +173,9 @@ class Fit:
         with StopRequest() as stop:
             batches = self.loader.batches(self.start)
             while step < plan.steps:
+                if plan.phase(step) != self.phase:
+                    self._enter(plan.phase(step))
+                    model = parallel(self.task, self.device)
                 self._step(model, batches, step)
                 step += 1
                 reading = step % plan.log_every == 0 or step == plan.steps
@@ -179,17 +205,48 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(derive(optim.seed, "step", step, self.ranks.rank))  # dropout, drop path
-        for _ in range(self.accumulate):
-            batch = self._next(batches)
+        progress = torch.full((), step / self.plan.steps, device=self.device)
+        accumulate = self.plan.global_batch // (self.plan.phases[self.phase].micro_batch * self.ranks.world)
+        for _ in range(accumulate):
+            batch = {**self._next(batches), "progress": progress}
             with torch.autocast(self.device.type, dtype=self.plan.autocast, enabled=self.plan.autocast is not None):
                 loss, _logs = model(batch)
-            (loss / self.accumulate).backward()
-            self.loss_sum += loss.detach() / self.accumulate
+            (loss / accumulate).backward()
+            self.loss_sum += loss.detach() / accumulate
         if optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.task.parameters(), optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_steps += 1
+
+    def _enter(self, phase: int) -> None:
+        """Goes over to another phase; the optimiser's moments change their shapes with the parameters."""
+        moments = self._moments()
+        carry = self.task.enter(phase)  # type: ignore[operator]
+        self.phase, self.optimizer = phase, self._optimizer()
+        for name, kinds in moments.items():
+            carried = {kind: value if value.ndim == 0 else carry(name, value) for kind, value in kinds.items()}
+            if "exp_avg_sq" in carried:
+                carried["exp_avg_sq"] = carried["exp_avg_sq"].clamp(min=0)  # a mean of squares, after interpolation too
+            moments[name] = carried
+        self._set_moments(moments)
+        if self.ranks.first:
+            self.log.say(f"phase {phase + 1} of {len(self.plan.phases)} begins")
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        optim = self.plan.optim
+        return adamw(self.task.param_groups(optim.weight_decay), self.peak, optim.betas)  # type: ignore[operator]
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimiser remembers, by the parameters' names."""
+        named = self.task.named_parameters()
+        return {name: dict(self.optimizer.state[value]) for name, value in named if value in self.optimizer.state}
+
+    def _set_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, parameter in self.task.named_parameters():
+            if name in moments:
+                kinds = {kind: value.to(parameter.device) for kind, value in moments[name].items()}
+                self.optimizer.state[parameter] = kinds
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
@@ -220,6 +277,8 @@ class Fit:
             "data_wait": waiting / seconds,
             "seconds": self.clock.total,
         }
+        if len(plan.phases) > 1:
+            values["phase"] = self.phase
         self.log.metrics("train", step, values)
         self.log.status("running", step, plan.steps, step * plan.global_batch)
         self.log.advance(step, plan.steps, values, (plan.steps - step) * plan.global_batch / speed)
@@ -247,16 +306,13 @@ class Fit:
     def _save(self, step: int) -> None:
         self.clock.lap()
         if self.ranks.first:
-            moments = {
-                f"{kind}.{name}": value
-                for name, parameter in self.task.named_parameters()
-                for kind, value in self.optimizer.state.get(parameter, {}).items()
-            }
+            moments = {f"{kind}.{name}": value for name, kinds in self._moments().items() for kind, value in kinds.items()}
             state: dict[str, Any] = {
                 "samples": step * self.plan.global_batch,
                 "seconds": self.clock.total,
                 "loss_sum": self.loss_sum.item(),
                 "loss_steps": self.loss_steps,
+                "phase": self.phase,
             }
             self.checkpoints.save(step, {"model": self.task.state_dict(), "optimizer": moments}, state)
         barrier()
@@ -269,16 +325,14 @@ class Fit:
             self.log.say(f"left out a damaged checkpoint: {line}")
         if found is None:
             return 0
+        if found.state.get("phase", 0) != self.phase:
+            self._enter(found.state["phase"])
         self.task.load_state_dict(found.tensors["model"])
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in found.tensors["optimizer"].items():
             kind, _, name = key.partition(".")
             moments.setdefault(name, {})[kind] = value
-        for name, parameter in self.task.named_parameters():
-            if name in moments:
-                self.optimizer.state[parameter] = {
-                    kind: value.to(parameter.device) for kind, value in moments[name].items()
-                }
+        self._set_moments(moments)
         self.loss_sum += found.state["loss_sum"]
         self.loss_steps = found.state["loss_steps"]
         self.clock.total = found.state["seconds"]
