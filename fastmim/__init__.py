@@ -22,10 +22,13 @@ _PUBLIC = {
     "UserError": "fastmim.errors",
     "MIM": "fastmim.mim.model",
     "HOG": "fastmim.mim.targets",
+    "HOGColour": "fastmim.mim.targets",
     "Pixels": "fastmim.mim.targets",
-    "RandomMasking": "fastmim.mim.masking",
+    "RandomBlocks": "fastmim.mim.masking",
+    "Masks": "fastmim.mim.masking",
     "LinearDecoder": "fastmim.mim.decoder",
     "TransformerDecoder": "fastmim.mim.decoder",
+    "CrossDecoder": "fastmim.mim.decoder",
     "Backbone": "fastmim.backbones.adapter",
     "Stage": "fastmim.backbones.adapter",
     "HidingBackbone": "fastmim.backbones.hiding",
@@ -40,11 +43,14 @@ if TYPE_CHECKING:
     from fastmim.data.prepared.prepare import prepare_images as prepare_images
     from fastmim.data.sources.scan import scan as scan
     from fastmim.errors import UserError as UserError
+    from fastmim.mim.decoder import CrossDecoder as CrossDecoder
     from fastmim.mim.decoder import LinearDecoder as LinearDecoder
     from fastmim.mim.decoder import TransformerDecoder as TransformerDecoder
-    from fastmim.mim.masking import RandomMasking as RandomMasking
+    from fastmim.mim.masking import Masks as Masks
+    from fastmim.mim.masking import RandomBlocks as RandomBlocks
     from fastmim.mim.model import MIM as MIM
     from fastmim.mim.targets import HOG as HOG
+    from fastmim.mim.targets import HOGColour as HOGColour
     from fastmim.mim.targets import Pixels as Pixels
     from fastmim.run_folder import Run as Run
     from fastmim.runs import pretrain as pretrain

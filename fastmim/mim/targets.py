@@ -69,6 +69,39 @@ class HOG(nn.Module):
             return histogram.flatten(1, 2)
 
 
+class HOGColour(nn.Module):
+    """HOG, and beside it the mean of each colour: for images whose colours tell them apart.
+
+    HOG is blind to colour: it does not change when a colour is scaled or shifted. Here each colour's mean over the
+    cell follows as one more channel, times ``WEIGHT``. Channels: those of `HOG`, then one for each colour.
+
+    Of images that are standardised by their own statistics, colour then makes about half of the target's variance:
+    for cells of 8 px, the weight that makes it half lies between 0.64 and 0.97 on five sets of photos and microscope
+    images (Imagenette, waste, produce, hands, nuclei), whatever the number of bins, since both parts' variance is that
+    of one colour times their number.
+
+    Args:
+        colours: channels of the images.
+        cell: side of a cell in pixels; divides height and width.
+        bins: directions from 0 to 180 degrees.
+    """
+
+    WEIGHT = 0.75
+
+    def __init__(self, colours: int = 3, cell: int = 8, bins: int = 9) -> None:
+        super().__init__()
+        self.cell = cell
+        self.hog = HOG(colours, cell, bins)
+        self.channels = self.hog.channels + colours
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B channels h w"]:
+        """The target of standardised images; unlike HOG's, it depends on how they are standardised."""
+        with torch.autocast(images.device.type, enabled=False):
+            colour = self.WEIGHT * F.avg_pool2d(images.float(), self.cell)
+        return torch.cat([self.hog(images), colour], dim=1)
+
+
 class Pixels(nn.Module):
     """The pixels of a cell themselves (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.4).
 
@@ -105,6 +138,7 @@ def _sobel(images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], 
 
 TARGETS: dict[str, Callable[[int, int], Target]] = {
     "hog": HOG,
+    "hog_colour": HOGColour,
     "pixels": Pixels,
     "pixels_norm": functools.partial(Pixels, normalise=True),
 }
