@@ -20,7 +20,7 @@ _PUBLIC = {
     "Run": "fastmim.run_folder",
     "Config": "fastmim.config",
     "UserError": "fastmim.errors",
-    "MIM": "fastmim.mim.model",
+    "MaskedImageModel": "fastmim.mim.model",
     "HOG": "fastmim.mim.targets",
     "HOGColour": "fastmim.mim.targets",
     "Pixels": "fastmim.mim.targets",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from fastmim.mim.decoder import TransformerDecoder as TransformerDecoder
     from fastmim.mim.masking import Masks as Masks
     from fastmim.mim.masking import RandomBlocks as RandomBlocks
-    from fastmim.mim.model import MIM as MIM
+    from fastmim.mim.model import MaskedImageModel as MaskedImageModel
     from fastmim.mim.targets import HOG as HOG
     from fastmim.mim.targets import HOGColour as HOGColour
     from fastmim.mim.targets import Pixels as Pixels
