@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hiding blocks of an image from any backbone, by one mask, whichever way it is done."""
 
-from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -9,12 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone, Stage
+from fastmim.backbones.resizing import Carry
 from fastmim.backbones.compact import Spread, compacted, kept_blocks
 from fastmim.errors import UserError
 from fastmim.mask import resize_mask
-
-# A parameter's name and a tensor of its old shape to the same in its new shape.
-Carry = Callable[[str, Tensor], Tensor]
 
 
 class HidesItself(Backbone, Protocol):
@@ -78,12 +75,10 @@ class HidingBackbone(nn.Module):
         Raises:
             UserError: the network cannot take that size, or cannot change it.
         """
-        if not hasattr(self.backbone, "resize"):  # a network of the user's own: the size is its own matter
-            return lambda name, value: value
-        carry = self.backbone.resize(backbone_side(resolution, self.how))
-        return lambda name, value: (
-            carry(name.removeprefix("backbone."), value) if name.startswith("backbone.") else value
-        )
+        if not hasattr(self.backbone, "resize"):
+            return Carry({})  # a network of the user's own: the size is its own matter
+        carry: Carry = self.backbone.resize(backbone_side(resolution, self.how))
+        return carry.under("backbone.")
 
     def weights(self) -> dict[str, Tensor]:
         """What to hand over: the backbone's weights, without what was learnt for hiding."""

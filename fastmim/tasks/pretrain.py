@@ -11,7 +11,8 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone, Stage
-from fastmim.backbones.hiding import Carry, HidingBackbone
+from fastmim.backbones.hiding import HidingBackbone
+from fastmim.backbones.resizing import Carry
 from fastmim.config import Config
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
@@ -72,7 +73,7 @@ class Pretrain(nn.Module):
         device = self.mim.mean.device
         carry = self.hiding.resize(self.resolution)
         self.to(device)
-        return lambda name, value: carry(name.removeprefix(_HIDING), value) if name.startswith(_HIDING) else value
+        return carry.under(_HIDING)
 
     @property
     def resolution(self) -> int:

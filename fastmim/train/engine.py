@@ -23,6 +23,14 @@ Batch = dict[str, Tensor]
 WAITING = 0.1  # share of the time spent waiting for images from which on a person should know
 
 
+class Carry(Protocol):
+    """Brings tensors of parameters' old shapes, weights or moments of them, to their new ones by one linear map."""
+
+    def __call__(self, name: str, value: Tensor, *, positive: bool = False) -> Tensor:
+        """``value`` as the parameter ``name`` has its shape now; ``positive``: what is not negative stays so."""
+        ...
+
+
 @runtime_checkable
 class Task(Protocol):
     """What is trained: an ``nn.Module`` with a loss, groups of parameters, and an evaluation."""
@@ -35,12 +43,8 @@ class Task(Protocol):
         """Groups for the optimiser."""
         ...
 
-    def enter(self, phase: int) -> Callable[[str, Tensor], Tensor]:
-        """Goes over to another phase, in which parameters may have other shapes; called only where there are several.
-
-        Returns:
-            What brings a tensor of a parameter's old shape (by its name) to its new one, linearly.
-        """
+    def enter(self, phase: int) -> Carry:
+        """Goes over to another phase, in which parameters may have other shapes; called only where there are several."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -224,12 +228,16 @@ class Fit:
         moments = self._moments()
         carry = self.task.enter(phase)  # type: ignore[operator]
         self.phase, self.optimizer = phase, self._optimizer()
-        for name, kinds in moments.items():
-            carried = {kind: value if value.ndim == 0 else carry(name, value) for kind, value in kinds.items()}
-            if "exp_avg_sq" in carried:
-                carried["exp_avg_sq"] = carried["exp_avg_sq"].clamp(min=0)  # a mean of squares, after interpolation too
-            moments[name] = carried
-        self._set_moments(moments)
+        self._set_moments(
+            {
+                name: {
+                    # Adam counts its steps in a number; a mean of squares must stay one.
+                    kind: value if kind == "step" else carry(name, value, positive=kind == "exp_avg_sq")
+                    for kind, value in kinds.items()
+                }
+                for name, kinds in moments.items()
+            }
+        )
         if self.ranks.first:
             self.log.say(f"phase {phase + 1} of {len(self.plan.phases)} begins")
 
