@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim.mim.targets import HOG, TARGETS, Pixels
+from fastmim.mim.targets import HOG, TARGETS, HOGColour, Pixels
 
 GOLDENS = np.load(Path(__file__).parent / "goldens" / "hog.npz")
 
@@ -65,6 +65,44 @@ def test_hog_does_not_change_with_the_normalisation_of_the_images() -> None:
     images = golden_images(2, 64)
     mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     torch.testing.assert_close(HOG()((images - mean) / std), HOG()(images), rtol=0, atol=2e-4)
+
+
+def test_hog_colour_is_hog_and_the_mean_of_each_colour() -> None:
+    images = torch.randn(2, 4, 24, 16, generator=torch.Generator().manual_seed(0))
+    out = HOGColour(colours=4, cell=8, bins=6)(images)
+    assert out.shape == (2, 4 * 6 + 4, 3, 2)
+    assert torch.equal(out[:, :24], HOG(colours=4, cell=8, bins=6)(images))
+    for b, colour, y, x in np.ndindex(2, 4, 3, 2):
+        mean = images[b, colour, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].double().mean().item()
+        assert out[b, 24 + colour, y, x].item() == pytest.approx(HOGColour.WEIGHT * mean, abs=1e-6)
+
+
+def test_recolouring_changes_colour_alone_and_moving_edges_within_a_cell_changes_edges_alone() -> None:
+    images = golden_images(2, 64)
+    before = HOGColour()(images)
+    tint = torch.tensor([0.5, -1.0, 0.0])[:, None, None]
+    after = HOGColour()(images + tint)
+    torch.testing.assert_close(after[:, :27], before[:, :27], rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        after[:, 27:] - before[:, 27:], (HOGColour.WEIGHT * tint).expand(2, 3, 8, 8), rtol=0, atol=1e-5
+    )
+    turned = images.unflatten(3, (8, 8)).unflatten(2, (8, 8)).transpose(3, 5).flatten(4, 5).flatten(2, 3)
+    after = HOGColour()(turned)
+    torch.testing.assert_close(after[:, 27:], before[:, 27:], rtol=0, atol=1e-5)
+    assert (after[:, :27] - before[:, :27]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("colours", "cell", "bins"), [(3, 8, 9), (1, 8, 9), (3, 4, 9), (3, 8, 18)])
+def test_colour_has_about_half_of_the_variance(colours: int, cell: int, bins: int) -> None:
+    """On pictures with edges at every scale (noise whose amplitude falls as 1 / frequency, as that of photos does)."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.hypot(torch.fft.fftfreq(96)[:, None], torch.fft.rfftfreq(96)[None]).clamp(min=1 / 96)
+    noise = torch.randn(100, colours, 96, 96, generator=generator)
+    images = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(96, 96))
+    images = (images - images.mean()) / images.std()
+    variance = HOGColour(colours, cell, bins)(images).var(dim=(0, 2, 3))
+    share = variance[-colours:].sum() / variance.sum()
+    assert 0.3 < share < 0.7
 
 
 def test_pixels_equal_the_plain_loop() -> None:
