@@ -283,6 +283,7 @@ def update(config: Config, words: Mapping[str, Any], where: str = "options") -> 
         UserError: an unknown word, or a value that does not fit; ``where`` names the place in the message.
     """
     tree = config.model_dump()
+    given: set[str] = set()
     for word, value in words.items():
         if word in SECTIONS and isinstance(value, Mapping):
             for inner, inner_value in value.items():
@@ -290,11 +291,25 @@ def update(config: Config, words: Mapping[str, Any], where: str = "options") -> 
                 if section != word:
                     raise UserError(f"{where}: '{inner}' stands under '{word}', but belongs under '{section}'")
                 tree[section][field] = inner_value
+                given.add(field)
         else:
             section, field = locate(word, where)
             plain = _plain(value)
             tree[section][field] = (plain,) if field == "paths" and isinstance(plain, str) else plain
+            given.add(field)
+    _let_the_last_word_win(tree, given)
     return validate(tree, where)
+
+
+def _let_the_last_word_win(tree: dict[str, dict[str, Any]], given: set[str]) -> None:
+    """Two words for one thing: what is given now replaces the other, which a recipe or a file may have set."""
+    for section, word, other in (
+        ("optim", "lr", "lr_per_256"),
+        ("optim", "lr_per_256", "lr"),
+        ("data", "resolution", "phases"),
+    ):
+        if word in given and tree[section][word] is not None and other not in given:
+            tree[section][other] = None
 
 
 def _plain(value: Any) -> Any:

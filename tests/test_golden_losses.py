@@ -26,6 +26,14 @@ TINY: dict[str, Any] = {
     "resolution": 32, "global_batch": 16, "micro_batch": 16, "lr": 1e-3, "warmup": 0.2, "log_every": 1, "device": "cpu",
     "precision": "fp32", "tensorboard": False, "holdout": 0.0, "workers": 0,
 }  # fmt: skip
+# What a recipe's own settings would make too large, or does not fit a network of two blocks.
+OWN: dict[str, dict[str, Any]] = {
+    "fastmim_p": {"phases": [[32, 0.5], [48, 0.5]]},
+    "localmim": {"scales": [0, 1], "decoder_dim": 64},
+    "mae": {"decoder_dim": 64, "decoder_depth": 2},
+    "selectivemae": {"decoder_dim": 64, "decoder_depth": 2},
+    "simmim": {"block": 16},
+}
 
 
 def losses(recipe: str, folder: Path) -> list[float]:
@@ -37,7 +45,7 @@ def losses(recipe: str, folder: Path) -> list[float]:
         waves = np.sin((1 + index % 4) * x / 6 + index) + np.cos((1 + index // 4) * y / 5)
         colours = 128 + 50 * waves[..., None] * np.array([1.0, 0.7, -0.5])
         Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(images / f"{index:02d}.png")
-    words = {**TINY, "data": str(images), "out": str(folder / "run"), "epochs": 10}
+    words = {**TINY, **OWN.get(recipe, {}), "data": str(images), "out": str(folder / "run"), "epochs": 10}
     run = fastmim.pretrain(update(recipes.load(recipe), words))
     return [line["loss"] for line in run.metrics if line["kind"] == "train"]
 

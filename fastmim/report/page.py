@@ -11,13 +11,16 @@ from markupsafe import Markup
 from fastmim.config import Config, DataConfig
 from fastmim.errors import UserError
 from fastmim.report import facts, figures, verdict
-from fastmim.report.curves import Chart, Series, draw_chart, is_number, read_series
+from fastmim.report.curves import Chart, Series, draw_chart, is_number, read_series, tick_label
 from fastmim.report.folder import USES, RunFolder, read_run
 
 SHOWN_BAD = 10
 COLOURS = 8
 # Losses of runs that differ in one of these measure different things.
-SCALE_OF_LOSS = {"target", "cell", "loss", "mask_ratio", "block", "resolution", "crop_scale", "mean", "std", "paths"}
+SCALE_OF_LOSS = {
+    *("target", "cell", "scales", "loss", "mask_ratio", "masking", "predict_ratio", "block", "resolution", "phases"),
+    *("crop_scale", "mean", "std", "paths"),
+}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -140,12 +143,20 @@ def _training_charts(run: RunFolder) -> list[Chart]:
     accuracy = [read_series(evals, "knn", "kNN", colour=2), read_series(evals, "linear", "linear probe", colour=3)]
     rank, rate = read_series(evals, "effective_rank", "effective rank", 4), read_series(train, "lr", "learning rate", 7)
     charts = [
-        draw_chart("Loss", "pale: single readings", loss, from_start=False),
+        draw_chart("Loss", "pale: single readings" + _growth(run), loss, from_start=False),
         draw_chart("Accuracy on the way, %", "", accuracy),
         draw_chart("Effective rank", "near 1 means that the features collapsed", [rank]),
         draw_chart("Learning rate", "", [rate], from_zero=True),
     ]
     return [chart for chart in charts if chart]
+
+
+def _growth(run: RunFolder) -> str:
+    """Where the images changed their size, in a few words; empty where they did not."""
+    course = run.config.data.course if run.config else ()
+    begun = {record["phase"]: record["samples"] for record in reversed(run.train) if record.get("phase")}
+    changes = [f"{course[phase][0]} px from {tick_label(begun[phase])} samples on" for phase in sorted(begun)]
+    return "".join(f"; {change}" for change in changes)
 
 
 def _speed_charts(run: RunFolder) -> list[Chart]:
