@@ -64,9 +64,8 @@ class SelectiveBlocks:
         if images.shape[-1] % side:
             raise UserError(f"selective masking: {side} blocks do not divide images of {images.shape[-1]} px")
         blocks, (hidden, predicted) = side * side, self.shares.counts(side)
-        histogram = (
-            gradient_histograms(images, images.shape[-1] // side, self.BINS).flatten(1, 2).flatten(2).transpose(1, 2)
-        )
+        cells = gradient_histograms(images, images.shape[-1] // side, self.BINS)
+        histogram = cells.flatten(3).flatten(1, 2).transpose(1, 2)
         log_p = _standardised(histogram.sum(dim=2))
         seen = blocks - hidden
         chosen = smallest(-(log_p + gumbel(noise(keys, blocks, _CHOOSE))), (seen + 1) // 2)
