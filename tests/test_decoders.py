@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmim.errors import UserError
-from fastmim.mim.decoder import DECODERS, CrossDecoder, TransformerDecoder, default_size, sincos_positions
+from fastmim.mim.decoder import DECODERS, CrossDecoder, TransformerDecoder, sincos_positions
 from fastmim.mim.masking import Masks, RandomBlocks
 
 ATTENTIVE = [name for name in DECODERS if name != "linear"]
@@ -225,9 +225,3 @@ def test_without_a_token_to_fill_in_the_backbones_own_is_read() -> None:
     assert isinstance(decoder, TransformerDecoder) and decoder.mask_token is None
     other = torch.where(masks.hidden[:, None], maps + 1, maps)
     assert not torch.allclose(decoder([other], masks), decoder([maps], masks))
-
-
-def test_decoder_sizes_of_the_paper() -> None:
-    assert default_size(768, hierarchical=False) == (256, 1)  # ViT-B
-    assert default_size(1024, hierarchical=True) == (256, 4)  # Swin-B
-    assert default_size(192, hierarchical=False) == (128, 1)  # ViT-Ti

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmim.errors import UserError
 from fastmim.mim.masks import Masks, Shares, as_masks, gumbel, noise, one_mask_only, ranks, shift, smallest, uniform
-from fastmim.mim.targets import HOG
+from fastmim.mim.targets import gradient_histograms
 
 _CHOOSE, _FILL, _PREDICT = 1, 2, 3  # streams of noise
 
@@ -37,6 +37,7 @@ class SelectiveBlocks:
         UserError: a share that cannot be, or several masks.
     """
 
+    BINS = 9
     SIMILAR = 1 / 6
     DISSIMILAR = 0.98
     BLEND = 0.02
@@ -63,8 +64,8 @@ class SelectiveBlocks:
         if images.shape[-1] % side:
             raise UserError(f"selective masking: {side} blocks do not divide images of {images.shape[-1]} px")
         blocks, (hidden, predicted) = side * side, self.shares.counts(side)
-        colours, block = images.shape[1], images.shape[-1] // side
-        histogram = HOG(colours, block, normalise=False)(images).flatten(2).transpose(1, 2)
+        cells = gradient_histograms(images, images.shape[-1] // side, self.BINS)
+        histogram = cells.flatten(3).flatten(1, 2).transpose(1, 2)
         log_p = _standardised(histogram.sum(dim=2))
         seen = blocks - hidden
         chosen = smallest(-(log_p + gumbel(noise(keys, blocks, _CHOOSE))), (seen + 1) // 2)
@@ -94,12 +95,10 @@ class SelectiveBlocks:
     ) -> Bool[Tensor, "B n"]:
         """The second half of the ``seen`` visible blocks of each image, by the rules that hold at ``progress``."""
         candidates, count = chosen.shape[1] - (seen + 1) // 2, seen // 2
-        similar, dissimilar = self.curriculum(progress)
-        # Rounded together, or two halves of an odd number would be one too many.
-        ruled, similar = ((similar + dissimilar) * count).round(), (similar * count).round()
+        similar, dissimilar = ((share * count).round() for share in self.curriculum(progress))
         # From the most similar candidate to the least; blocks alike, as empty ones, stand in random order.
         place = ranks(torch.where(chosen, torch.inf, 1e-6 * uniform(bits) - similarity))
-        by_rule = (place < similar) | (place >= candidates - (ruled - similar))
+        by_rule = (place < similar) | (place >= candidates - dissimilar)
         # The rules' blocks first, then all other candidates at random, never those that are chosen already.
         group = torch.where(chosen, 2, (~by_rule).long())
         return smallest((group << 57) | shift(bits, 7), count)

@@ -33,10 +33,6 @@ class HOG(nn.Module):
     bin k holds the directions atan2(gx, gy) in [k * pi / bins, (k + 1) * pi / bins). With normalisation it does not
     change when a colour is scaled or shifted, so it may be computed before or after the images are standardised.
 
-    No ``atan2``: a direction lies in bin k when it is past the half-plane at angle k * pi / bins and not past the
-    next, so sums of the magnitudes past each half-plane give the histogram by subtracting neighbours. That is exact,
-    has no scatter, and fuses under torch.compile.
-
     Args:
         colours: channels of the images.
         cell: side of a cell in pixels; divides height and width.
@@ -51,22 +47,8 @@ class HOG(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B channels h w"]:
-        with torch.autocast(images.device.type, enabled=False):
-            gx, gy = _sobel(images.float())
-            magnitude = torch.hypot(gx, gy)
-            # Fold the direction into [0, pi). Reflected borders make gx == 0 common: there the sign of gy decides.
-            opposite = (gx < 0) | ((gx == 0) & (gy < 0))
-            gx, gy = torch.where(opposite, -gx, gx), torch.where(opposite, -gy, gy)
-            past = [magnitude]
-            for k in range(1, self.bins):
-                angle = k * math.pi / self.bins
-                past.append(magnitude * (gx * math.cos(angle) >= gy * math.sin(angle)))
-            sums = [self.cell**2 * F.avg_pool2d(values, self.cell) for values in past]
-            sums.append(torch.zeros_like(sums[0]))
-            histogram = torch.stack([here - after for here, after in itertools.pairwise(sums)], dim=2)
-            if self.normalise:
-                histogram = F.normalize(histogram, dim=2)
-            return histogram.flatten(1, 2)
+        histogram = gradient_histograms(images, self.cell, self.bins)
+        return (F.normalize(histogram, dim=2) if self.normalise else histogram).flatten(1, 2)
 
 
 class HOGColour(nn.Module):
@@ -126,6 +108,29 @@ class Pixels(nn.Module):
                 variance, mean = torch.var_mean(pixels, dim=1, keepdim=True)
                 pixels = (pixels - mean) / (variance + 1e-6).sqrt()
             return pixels
+
+
+@torch.no_grad()
+def gradient_histograms(images: Float[Tensor, "B C H W"], cell: int, bins: int) -> Float[Tensor, "B C bins h w"]:
+    """The histograms of `HOG` before they are divided by their norm: the magnitudes of a cell, by direction.
+
+    No ``atan2``: a direction lies in bin k when it is past the half-plane at angle k * pi / bins and not past the
+    next, so sums of the magnitudes past each half-plane give the histogram by subtracting neighbours. That is exact,
+    has no scatter, and fuses under torch.compile.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        gx, gy = _sobel(images.float())
+        magnitude = torch.hypot(gx, gy)
+        # Fold the direction into [0, pi). Reflected borders make gx == 0 common: there the sign of gy decides.
+        opposite = (gx < 0) | ((gx == 0) & (gy < 0))
+        gx, gy = torch.where(opposite, -gx, gx), torch.where(opposite, -gy, gy)
+        past = [magnitude]
+        for k in range(1, bins):
+            angle = k * math.pi / bins
+            past.append(magnitude * (gx * math.cos(angle) >= gy * math.sin(angle)))
+        sums = [cell**2 * F.avg_pool2d(values, cell) for values in past]
+        sums.append(torch.zeros_like(sums[0]))
+        return torch.stack([here - after for here, after in itertools.pairwise(sums)], dim=2)
 
 
 def _sobel(images: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
