@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one seam to timm: any of its image networks, at any size it can take, as a backbone that returns dense maps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +14,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fastmim.backbones.blueprint import LOCAL, Blueprint, TimmModel, create, intermediates, probe
+from fastmim.backbones.blueprint import LOCAL, Blueprint, Plan, TimmModel, create, intermediates, probe
+from fastmim.backbones.resizing import Carry, plan_carry
 from fastmim.errors import UserError
 
 __all__ = ["Backbone", "Stage", "TimmBackbone", "TimmModel", "build", "patch_size", "ways_to_hide"]
@@ -47,6 +49,7 @@ class TimmBackbone(nn.Module):
 
     Attributes:
         stages: channels and stride of each returned map, shallow to deep.
+        resolution: side of the images in pixels.
         architecture: the name under which timm registers the network.
         create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds the stock network at this
             size; plain JSON values.
@@ -62,19 +65,20 @@ class TimmBackbone(nn.Module):
         model: TimmModel,
         stages: tuple[Stage, ...],
         *,
+        blueprint: Blueprint,
+        plan: Plan,
         indices: tuple[int, ...],
         norm: bool,
-        architecture: str,
-        create_args: dict[str, Any],
     ) -> None:
         super().__init__()
         self.model: TimmModel = model
         self.stages = stages
-        self.architecture = architecture
-        self.create_args = create_args
+        self.resolution = plan.resolution
+        self.architecture = plan.architecture
+        self.create_args = plan.create_args
         self.hides = ways_to_hide(model)
         self.mask_stride = patch_size(model) or 1
-        self._indices, self._norm = indices, norm
+        self._blueprint, self._indices, self._norm = blueprint, indices, norm
         self.mask_token: nn.Parameter | None
         self.register_parameter("mask_token", None)
         self._mask: Bool[Tensor, "B h w"] | None = None
@@ -95,10 +99,51 @@ class TimmBackbone(nn.Module):
         if how == "tokens":
             width = next(_convolutions(self.model.patch_embed)).out_channels
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
-            self.model.patch_embed.register_forward_hook(self._put_tokens)
         elif how == "drop":
             self._gather = GatherVisible(self.model.num_prefix_tokens, with_indices=isinstance(self.model, Eva))
-            self.model.patch_drop = self._gather
+        self._hide_in(self.model)
+
+    def check_resize(self, resolution: int) -> None:
+        """Whether `resize` can go to ``resolution``, found without memory or weights.
+
+        Raises:
+            UserError: the network cannot take this size, or weights depend on the size in a way that no map can carry.
+        """
+        self._plan(resolution)
+
+    def resize(self, resolution: int) -> Carry:
+        """Go on at another size of images: FastMIM-P, which trains first at small sizes.
+
+        The network is built anew and takes over the weights; those that depend on the size are carried, see
+        `fastmim.backbones.resizing`. ``model`` and its parameters are other objects afterwards, of the same names, so
+        that an optimiser must be made anew. Global randomness is not touched.
+
+        Args:
+            resolution: side of the images in pixels.
+
+        Returns:
+            ``carry(name, value)``, with names as in ``named_parameters()``, brings tensors of the parameters' old
+            shapes to their new ones, such as the moments of an optimiser.
+
+        Raises:
+            UserError: as `check_resize`; nothing is changed then.
+        """
+        plan, carry = self._plan(resolution)
+        if resolution == self.resolution:
+            return carry
+        with torch.random.fork_rng(devices=[]):
+            model = create(plan.architecture, **plan.create_args)
+        _prune(model, self._indices, self._norm)
+        _take_over(model, self.model, lambda name, value: carry(f"model.{name}", value))
+        self._hide_in(model)
+        self.model, self.resolution, self.create_args = model, resolution, plan.create_args
+        return carry
+
+    def at(self, resolution: int) -> "TimmBackbone":
+        """A copy at another size, see `resize`, that shares nothing with this network."""
+        other = copy.deepcopy(self)
+        other.resize(resolution)
+        return other
 
     def forward(
         self,
@@ -135,6 +180,20 @@ class TimmBackbone(nn.Module):
         """Stock names of the weights that timm exempts from decay, and ``mask_token`` where there is one."""
         exempt = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
         return exempt | ({"mask_token"} if self.mask_token is not None else set())
+
+    def _plan(self, resolution: int) -> tuple[Plan, Carry]:
+        plan = self._blueprint.at(resolution, self._indices)
+        _prune(plan.model, self._indices, self._norm)
+        shapes = {f"model.{name}": tuple(weight.shape) for name, weight in plan.model.named_parameters()}
+        now = {f"model.{name}": tuple(weight.shape) for name, weight in self.model.named_parameters()}
+        return plan, plan_carry(self.architecture, now, shapes, getattr(self.model, "num_prefix_tokens", 0))
+
+    def _hide_in(self, model: TimmModel) -> None:
+        """Put what `hide_by` has prepared into a network."""
+        if self.mask_token is not None:
+            model.patch_embed.register_forward_hook(self._put_tokens)
+        if self._gather is not None:
+            model.patch_drop = self._gather
 
     def _dense(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _C _h _w"]]:
         maps = intermediates(self.model, images, self._indices, self._norm)
@@ -217,17 +276,10 @@ def build(
     plan = blueprint.at(resolution, take)
     model = create(name, pretrained=pretrained or name.startswith(LOCAL), **plan.create_args)
     norm, maps = probe(model, resolution, take)
-    model.prune_intermediate_layers(list(take), prune_norm=not norm, prune_head=True)
+    _prune(model, take, norm)
     _freeze_unreached(model, maps)
     stages = tuple(Stage(one.shape[1], blueprint.strides[index]) for one, index in zip(maps, take, strict=True))
-    return TimmBackbone(
-        model.train(),
-        stages,
-        indices=take,
-        norm=norm,
-        architecture=plan.architecture,
-        create_args=plan.create_args,
-    )
+    return TimmBackbone(model.train(), stages, blueprint=blueprint, plan=plan, indices=take, norm=norm)
 
 
 def patch_size(model: TimmModel) -> int | None:
@@ -244,6 +296,34 @@ def ways_to_hide(model: TimmModel) -> frozenset[str]:
         return frozenset({"pixels"})
     drops = isinstance(model, VisionTransformer | Eva)
     return frozenset({"pixels", "tokens", "drop"} if drops else {"pixels", "tokens"})
+
+
+def _prune(model: TimmModel, indices: tuple[int, ...], norm: bool) -> None:
+    """Cut off what lies behind the deepest map."""
+    model.prune_intermediate_layers(list(indices), prune_norm=not norm, prune_head=True)
+
+
+def _take_over(new: TimmModel, old: TimmModel, carry: Callable[[str, Tensor], Tensor]) -> None:
+    """Make ``new`` the same network as ``old`` at its own size: weights and statistics, what is frozen, device, mode.
+
+    Buffers that follow from the size have other shapes, or are not part of the state; those of ``new`` are right.
+    """
+    place = next(old.parameters())
+    new.to(device=place.device, dtype=place.dtype)
+    before, state = dict(old.named_parameters()), new.state_dict()
+    kept = {
+        name: value
+        for name, value in old.state_dict().items()
+        if name not in before and value.shape == state[name].shape
+    }
+    with torch.no_grad():
+        weights = {name: carry(name, weight) for name, weight in before.items()}
+    new.load_state_dict(weights | kept, strict=False)
+    for name, weight in new.named_parameters():
+        weight.requires_grad_(before[name].requires_grad)
+    modes = {name: part.training for name, part in old.named_modules()}
+    for name, part in new.named_modules():
+        part.training = modes[name]
 
 
 def _freeze_unreached(model: TimmModel, maps: list[Tensor]) -> None:

@@ -26,11 +26,13 @@ class Plan:
     """A network at one size.
 
     Attributes:
+        resolution: side of the images in pixels.
         architecture: the name under which timm registers it.
         create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds it; plain JSON values.
         model: the network on the meta device.
     """
 
+    resolution: int
     architecture: str
     create_args: dict[str, Any]
     model: TimmModel
@@ -125,7 +127,7 @@ class Blueprint:
             args["img_size"] = resolution
         local = self.name.startswith(LOCAL)
         architecture = model.pretrained_cfg["architecture"] if local else self.name.split(".")[0]
-        return Plan(architecture, json.loads(json.dumps(args)), model)
+        return Plan(resolution, architecture, json.loads(json.dumps(args)), model)
 
 
 def create(name: str, **arguments: Any) -> TimmModel:
