@@ -4,9 +4,9 @@
     python benchmarks/phases.py DATA/imagenette-96 --phases 64:0.6,80:0.25,96:0.15 model=... epochs=...
 
 DATA holds train/ and val/ with class folders; training sees train/ without its labels. Of three runs with the same
-options, one grows, one has the largest size throughout, one the smallest. At a change of size, the jump is the mean loss of
-the readings after it minus that of those before it, and the noise the largest difference between two neighbouring
-windows of readings of that length inside of the phases. Rows go into results/phases.csv.
+options, one grows, one has the largest size throughout, one the smallest. At a change of size, the jump is the mean
+loss of the readings after it minus that of those before it, and the noise the largest difference between two
+neighbouring windows of readings of that length inside of the phases. Rows go into results/phases.csv.
 """
 
 import argparse

@@ -140,7 +140,7 @@ class MethodConfig(Section):
     hide: Literal["pixels", "tokens", "drop", "compact"] = "pixels"
     """How: a learnt colour (any network), a learnt token, not encoded (fastest), or visible blocks moved together."""
     target: Literal["hog", "hog_colour", "pixels", "pixels_norm"] = "hog"
-    """What is predicted: histograms of oriented gradients (with mean colours), pixels, or pixels normalised per patch."""
+    """What is predicted: histograms of gradients (and mean colours), pixels, or pixels normalised per patch."""
     cell: int | None = Field(default=None, ge=1)
     """Side of a target's cell in pixels; HOG: 8, or the largest divisor of the block below; pixels: the stride."""
     scales: Annotated[Scales | None, tyro.conf.arg(metavar="MAPS")] = None
@@ -159,7 +159,9 @@ class MethodConfig(Section):
         if self.predict_ratio is not None and self.predict_ratio > self.mask_ratio:
             raise ValueError(f"predict_ratio {self.predict_ratio} is above mask_ratio {self.mask_ratio}")
         if self.hide == "compact" and self.masking != "grid":
-            raise ValueError("hide=compact needs masking=grid, which leaves one block of each 2 x 2 to be moved together")
+            raise ValueError(
+                "hide=compact needs masking=grid, which leaves one block of each 2 x 2 to be moved together"
+            )
         return self
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmim.backbones.adapter import build, scale_indices
+from fastmim.backbones.adapter import build
 from fastmim.backbones.hiding import backbone_side
 from fastmim.config import Config, update
 from fastmim.errors import UserError
@@ -34,13 +34,12 @@ def build_network(config: Config, network: nn.Module | None, side: int | None = 
         if method.discard:
             raise UserError("--discard is for timm's networks; leave the last layers out of your own module instead")
         return network
-    args = network_args(method.model_args, config.data.channels)
     backbone = build(
         method.model,
         backbone_side(side or course[0][0], method.hide),
-        model_args=args,
+        model_args=network_args(method.model_args, config.data.channels),
         pretrained=method.pretrained,
-        indices=None if method.scales is None else scale_indices(method.model, args, method.scales, method.discard),
+        scales=method.scales,
         discard=method.discard,
     )
     for resolution, _ in course[1:]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every masking with every target, decoder and way of hiding, on every kind of network, at every size: it works or is refused.
+"""Every masking, target, decoder and way of hiding, on every kind of network, at every size: it works or is refused.
 
 One contract for all: predictions on the target's grid, finite, a gradient for every parameter, and no input of the
 encoder that depends on hidden pixels.
@@ -55,7 +55,13 @@ def possible(stride: int, ways: set[str], size: int, hide: str, masking: str, de
 
 
 def config_of(network: str, size: int, **words: Any) -> Config:
-    base = {"model": network, "model_args": NETWORKS[network][0], "resolution": size, "decoder_dim": 32, "decoder_depth": 1}
+    base = {
+        "model": network,
+        "model_args": NETWORKS[network][0],
+        "resolution": size,
+        "decoder_dim": 32,
+        "decoder_depth": 1,
+    }
     fixed = {"global_batch": 16, "micro_batch": 16, "mean": (0.5,) * 3, "std": (0.2,) * 3}
     return update(Config(), {**base, **fixed, **words})
 
@@ -102,9 +108,7 @@ def check_no_leak(mim: MaskedImageModel, size: int) -> None:
 def test_all_with_all(network: str, size: int) -> None:
     _, stride, ways = NETWORKS[network]
     built: dict[str, Any] = {}
-    for number, (hide, masking, target, decoder) in enumerate(
-        itertools.product(HIDING, MASKINGS, TARGETS, DECODERS)
-    ):
+    for number, (hide, masking, target, decoder) in enumerate(itertools.product(HIDING, MASKINGS, TARGETS, DECODERS)):
         # Several masks where there may be, and a part of the hidden blocks, now and then.
         words: dict[str, Any] = {"hide": hide, "masking": masking, "target": target, "decoder": decoder}
         words["masks"] = 2 if masking in ("random", "grid") and number % 2 else 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastMIM-P: a network that grows with its images, in the middle of a run."""
 
+import itertools
 import json
 import os
 import random
@@ -89,10 +90,10 @@ def test_a_run_grows(uninterrupted: Path) -> None:
     # The learning rate and the samples know nothing of phases.
     assert [line["samples"] for line in lines] == [16 * (step + 1) for step in range(STEPS)]
     rates = [line["lr"] for line in lines]
-    assert all(abs(a - b) < 1.2e-4 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(abs(a - b) < 1.2e-4 for a, b in itertools.pairwise(rates))
     losses = [line["loss"] for line in lines]
     for change in (16, 30):
-        noise = max(abs(a - b) for a, b in zip(losses[5:], losses[6:], strict=False))
+        noise = max(abs(a - b) for a, b in itertools.pairwise(losses[5:]))
         assert losses[change] - losses[change - 1] <= noise
     config = json.loads((uninterrupted / "export/timm/config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [3, 40, 40] and run.config.data.resolution == 40

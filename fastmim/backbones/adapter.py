@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmim.backbones.blueprint import LOCAL, Blueprint, Plan, TimmModel, create, intermediates, probe
 from fastmim.backbones.resizing import Carry, plan_carry
+from fastmim.backbones.scales import choose_maps
 from fastmim.errors import UserError
 
 __all__ = ["Backbone", "Stage", "TimmBackbone", "TimmModel", "build", "patch_size", "ways_to_hide"]
@@ -255,6 +256,8 @@ def build(
     model_args: Mapping[str, Any] | None = None,
     pretrained: bool = False,
     indices: Sequence[int] | None = None,
+    scales: str | Sequence[int] | None = None,
+    discard: int = 0,
 ) -> TimmBackbone:
     """A timm network for images of ``resolution`` x ``resolution`` pixels, without its head and unused layers.
 
@@ -267,12 +270,16 @@ def build(
         model_args: further arguments for ``timm.create_model``.
         pretrained: load timm's released weights (needs the network).
         indices: which maps to return, counted as timm's ``forward_intermediates`` does; the deepest when not given.
+        scales: or which, in words, see `fastmim.backbones.scales`.
+        discard: .
 
     Raises:
         UserError: no such model or folder, arguments that it does not take, or a size that it cannot take.
     """
     blueprint = Blueprint(name, model_args or {})
     take = blueprint.absolute((-1,) if indices is None else indices)
+    if scales is not None:
+        take = choose_maps(blueprint.strides, scales, name)
     plan = blueprint.at(resolution, take)
     model = create(name, pretrained=pretrained or name.startswith(LOCAL), **plan.create_args)
     norm, maps = probe(model, resolution, take)

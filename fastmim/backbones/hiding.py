@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone, Stage
-from fastmim.backbones.resizing import Carry
 from fastmim.backbones.compact import Spread, compacted, kept_blocks
+from fastmim.backbones.resizing import Carry
 from fastmim.errors import UserError
 from fastmim.mask import resize_mask
 
@@ -54,7 +54,7 @@ class HidingBackbone(nn.Module):
             raise UserError(f"hide: this backbone cannot hide by '{how}'; what works: {', '.join(sorted(ways))}")
         self.backbone: Any = backbone
         self.how = how
-        self.stages: tuple[Stage, ...] = self.backbone.stages
+        self.stages = cast(tuple[Stage, ...], self.backbone.stages)
         self.spread: Spread | None = None
         if how in ("pixels", "compact"):
             self.colour = nn.Parameter(torch.zeros(1, channels, 1, 1))  # images are normalised: 0 is their mean
@@ -104,8 +104,8 @@ class HidingBackbone(nn.Module):
 
         Args:
             images: normalised, square.
-            mask: True = hidden, on a grid of ``H / g`` pixels a block. Nothing is hidden without it, and maps are as the
-                backbone's own stages say. "compact": at most one block of each 2 x 2 is visible.
+            mask: True = hidden, on a grid of ``H / g`` pixels a block. Nothing is hidden without it, and maps are as
+                the backbone's own stages say. "compact": at most one block of each 2 x 2 is visible.
             hidden: hidden blocks per image, the same in every image. "drop" must know it; when it is not given it is
                 counted, which waits for the device.
 

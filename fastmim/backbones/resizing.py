@@ -50,6 +50,10 @@ class Carry:
         """
         return self.moves[name](value, positive) if name in self.moves else value
 
+    def under(self, prefix: str) -> "Carry":
+        """The same for a module that holds the network under a name, such as ``"backbone."``."""
+        return Carry({prefix + name: move for name, move in self.moves.items()})
+
 
 @dataclass(frozen=True)
 class Move:

@@ -29,7 +29,9 @@ def choose_maps(strides: Sequence[int], scales: str | Sequence[int], name: str) 
             f" which blocks, as in --scales {some}, or take --scales localmim"
         )
     if scales == "localmim" and plain and count < 6:
-        raise UserError(f"scales=localmim takes 4 of at least 6 blocks, but '{name}' has {count}; say which: --scales 0,-1")
+        raise UserError(
+            f"scales=localmim takes 4 of 6 or more blocks, but '{name}' has {count}; say which: --scales 0,-1"
+        )
     if isinstance(scales, str):
         return (1, 3, count - 3, count - 1) if plain else tuple(stages if scales == "stages" else stages[-4:])
     wrong = [place for place in scales if not -count <= place < count]
@@ -37,5 +39,5 @@ def choose_maps(strides: Sequence[int], scales: str | Sequence[int], name: str) 
         raise UserError(f"scales: '{name}' has {count} maps, 0 to {count - 1}, and none with the number {wrong[0]}")
     chosen = sorted({place % count for place in scales})
     if len(chosen) < 2:
-        raise UserError(f"scales: several maps are needed, not {len(chosen)}; leave --scales out to predict from the last")
+        raise UserError(f"scales: several maps are needed, not {len(chosen)}; without --scales, the last one predicts")
     return tuple(chosen)

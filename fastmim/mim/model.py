@@ -2,7 +2,7 @@
 """Masked image modelling in one screen: hide, encode, decode, compare with the target where it was hidden."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -74,8 +74,8 @@ class MaskedImageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.masking, self.block, self.loss = backbone, masking, block, loss
-        self.targets = nn.ModuleList(target if isinstance(target, Sequence) else [target])  # type: ignore[arg-type]
-        self.decoders = nn.ModuleList(decoder if isinstance(decoder, Sequence) else [decoder])  # type: ignore[arg-type]
+        self.targets = nn.ModuleList(cast(Any, target if isinstance(target, Sequence) else [target]))
+        self.decoders = nn.ModuleList(cast(Any, decoder if isinstance(decoder, Sequence) else [decoder]))
         if len(self.targets) != len(self.decoders):
             raise ValueError(f"{len(self.targets)} targets need as many decoders, not {len(self.decoders)}")
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)

@@ -7,9 +7,10 @@ from fastmim.config import Config, DataConfig, MethodConfig, OptimConfig
 def selectivemae() -> Config:
     """Wang et al., "Harnessing Massive Satellite Imagery with Efficient Masked Image Modeling" (ICCV 2025).
 
-    arXiv 2406.11933. Reproduces: the pre-training of ViT-B/L: 224 px; 15 % of the patches are encoded, half of them drawn by the
-    energy of their gradients, the rest by their likeness to those, at first the most alike, later the least; 25 % are predicted,
-    drawn by energy too, by 12 blocks of cross-attention (CrossMAE); pixels normalised per patch.
+    arXiv 2406.11933. Reproduces: the pre-training of ViT-B/L: 224 px; 15 % of the patches are encoded, half of them
+    drawn by the energy of their gradients, the rest by their likeness to those, at first the most alike, later the
+    least; 25 % are predicted, drawn by energy too, by 12 blocks of cross-attention (CrossMAE); pixels normalised per
+    patch.
     Command: ``fastmim pretrain IMAGES --recipe selectivemae --model vit_large_patch16_224 --global-batch 2048``
     Expected: the authors report more than twice MAE's speed, part of which comes from leaving out images, which
     ``fastmim select`` does. Status: steps of ViT-S are measured in ``results/methods.csv``, accuracies are not.

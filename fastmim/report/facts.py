@@ -152,15 +152,13 @@ def key_facts(run: RunFolder) -> list[tuple[str, str]]:
         cell = f" in cells of {method.cell} px" if method.cell and not method.scales else ""
         cell += f" on {len(method.scales)} scales" if method.scales else ""
         part = f", {100 * method.predict_ratio:g} % of blocks" if method.predict_ratio else ""
+        which = MASKING[method.masking]
         masks = f", {method.masks} masks an image" if method.masks > 1 else ""
         block = f" of {method.block} px" if method.block else ""
         batch = f", {optim.global_batch:,} images a step" if optim.global_batch else ""
         facts += [
             ("Resolution", _sizes(config)),
-            (
-                "Hidden",
-                f"{100 * method.mask_ratio:g} % of blocks{block}{MASKING[method.masking]}, {HIDING[method.hide]}{masks}",
-            ),
+            ("Hidden", f"{100 * method.mask_ratio:g} % of blocks{block}{which}, {HIDING[method.hide]}{masks}"),
             ("Predicted", f"{TARGETS[method.target]}{cell}{part}, {method.loss.upper()} loss"),
             ("Length", f"{optim.epochs:g} epochs{batch}"),
         ]

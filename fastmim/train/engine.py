@@ -23,6 +23,7 @@ Batch = dict[str, Tensor]
 WAITING = 0.1  # share of the time spent waiting for images from which on a person should know
 
 
+@runtime_checkable
 class Carry(Protocol):
     """Brings tensors of parameters' old shapes, weights or moments of them, to their new ones by one linear map."""
 
@@ -44,7 +45,7 @@ class Task(Protocol):
         ...
 
     def enter(self, phase: int) -> Carry:
-        """Goes over to another phase, in which parameters may have other shapes; called only where there are several."""
+        """Goes over to another phase, where parameters may have other shapes; called only where there are several."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -65,6 +66,7 @@ class NotLearningError(UserError):
     """The loss is no longer a finite number."""
 
 
+@runtime_checkable
 class Phase(Protocol):
     """A part of the run: from step ``begin`` on, ``micro_batch`` images at a time."""
 
@@ -314,7 +316,9 @@ class Fit:
     def _save(self, step: int) -> None:
         self.clock.lap()
         if self.ranks.first:
-            moments = {f"{kind}.{name}": value for name, kinds in self._moments().items() for kind, value in kinds.items()}
+            moments = {
+                f"{kind}.{name}": value for name, kinds in self._moments().items() for kind, value in kinds.items()
+            }
             state: dict[str, Any] = {
                 "samples": step * self.plan.global_batch,
                 "seconds": self.clock.total,
