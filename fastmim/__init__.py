@@ -17,6 +17,7 @@ _PUBLIC = {
     "probe": "fastmim.runs",
     "scan": "fastmim.data.sources.scan",
     "prepare_images": "fastmim.data.prepared.prepare",
+    "bench": "fastmim.speed.compare",
     "Run": "fastmim.run_folder",
     "Config": "fastmim.config",
     "UserError": "fastmim.errors",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from fastmim.runs import pretrain as pretrain
     from fastmim.runs import probe as probe
     from fastmim.runs import resume as resume
+    from fastmim.speed.compare import bench as bench
 
 
 def __getattr__(name: str) -> Any:
