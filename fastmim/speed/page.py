@@ -44,7 +44,14 @@ def lines(bench: Bench) -> Iterator[str]:
 
 
 def _cells(row: Row, views: bool) -> list[str]:
-    cells = [row.method, row.px, number(row.images_per_s), f"{row.ratio:.2f}x", f"{row.spread:.0%}", number(row.ms_per_image)]
+    cells = [
+        row.method,
+        row.px,
+        number(row.images_per_s),
+        f"{row.ratio:.2f}x",
+        f"{row.spread:.0%}",
+        number(row.ms_per_image),
+    ]
     cells += [number(row.views_per_s)] if views else []
     return [*cells, number(row.gmac_per_image), f"{row.share:.0%}", f"{row.memory_mb:,.0f} MB"]
 
@@ -112,7 +119,9 @@ def write_picture(bench: Bench) -> None:
     kinds = {_colour(row, bench) for row in rows}
     names = {OURS: "FastMIM and its variants", BASELINE: "baseline", OTHERS: "other methods"}
     for line, colour in enumerate(colour for colour in (OTHERS, BASELINE, OURS) if colour in kinds):
-        axes.text(1.1 * max(speeds), line * 0.62 - 0.3, names[colour], color=colour, ha="right", fontsize=10, weight="bold")
+        axes.text(
+            1.1 * max(speeds), line * 0.62 - 0.3, names[colour], color=colour, ha="right", fontsize=10, weight="bold"
+        )
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.spines["left"].set_color(_PALE)
