@@ -157,7 +157,7 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
         return folder, 0.0
     side = run.config.data.resolution
     images = torch.randn(2, run.config.data.channels, side, side, generator=torch.Generator().manual_seed(0))
-    return folder, verify(folder, backbone, images)
+    return folder, verify(folder, backbone, images, run.config.method.discard)
 
 
 def probe(

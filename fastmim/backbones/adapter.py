@@ -54,6 +54,7 @@ class TimmBackbone(nn.Module):
         architecture: the name under which timm registers the network.
         create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds the stock network at this
             size; plain JSON values.
+        discarded: prefixes of the stock names of the blocks that take no part, such as ``("layers.3",)``.
         hides: the ways of hiding that work with this network. "pixels" always does (`fastmim.backbones.hiding`).
             "tokens" needs a patch embedding that looks at each patch alone: where patches overlap, hidden pixels would
             show in visible tokens. "drop" also needs attention over all tokens and no other mixing, so that a missing
@@ -77,6 +78,7 @@ class TimmBackbone(nn.Module):
         self.resolution = plan.resolution
         self.architecture = plan.architecture
         self.create_args = plan.create_args
+        self.discarded = blueprint.cut.discarded
         self.hides = ways_to_hide(model)
         self.mask_stride = patch_size(model) or 1
         self._blueprint, self._indices, self._norm = blueprint, indices, norm
@@ -134,6 +136,7 @@ class TimmBackbone(nn.Module):
             return carry
         with torch.random.fork_rng(devices=[]):
             model = create(plan.architecture, **plan.create_args)
+        self._blueprint.cut.apply(model)
         _prune(model, self._indices, self._norm)
         _take_over(model, self.model, lambda name, value: carry(f"model.{name}", value))
         self._hide_in(model)
@@ -269,19 +272,23 @@ def build(
         resolution: side of the images in pixels.
         model_args: further arguments for ``timm.create_model``.
         pretrained: load timm's released weights (needs the network).
-        indices: which maps to return, counted as timm's ``forward_intermediates`` does; the deepest when not given.
-        scales: or which, in words, see `fastmim.backbones.scales`.
-        discard: .
+        indices: which maps to return, counted as timm's ``forward_intermediates`` does, among those that are left when
+            blocks are discarded; the deepest when not given.
+        scales: or which, in the words of `fastmim.backbones.scales`.
+        discard: how many of the last blocks take no part (FastMIM's layer discarding): they are not built, and to be
+            trained by fine-tuning. With the last block of a stage the whole stage goes.
 
     Raises:
-        UserError: no such model or folder, arguments that it does not take, or a size that it cannot take.
+        UserError: no such model or folder, arguments that it does not take, a size that it cannot take, or too many
+            blocks to discard.
     """
-    blueprint = Blueprint(name, model_args or {})
+    blueprint = Blueprint(name, model_args or {}, discard)
     take = blueprint.absolute((-1,) if indices is None else indices)
     if scales is not None:
         take = choose_maps(blueprint.strides, scales, name)
     plan = blueprint.at(resolution, take)
     model = create(name, pretrained=pretrained or name.startswith(LOCAL), **plan.create_args)
+    blueprint.cut.apply(model)
     norm, maps = probe(model, resolution, take)
     _prune(model, take, norm)
     _freeze_unreached(model, maps)
