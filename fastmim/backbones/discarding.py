@@ -96,9 +96,8 @@ def _stages(model: Any) -> list[_Stage]:
         parts = tuple(_parts(model, before, here))
         # In a plain network each map is that of one block, even where the block is a list of layers (ConvMixer).
         blocks = parts if plain else _blocks(model, parts)
-        stages.append(
-            _Stage(tuple(dict.fromkeys(filter(None, [*parts, here]))), blocks if _hold_weights(model, blocks) else ())
-        )
+        modules = tuple(dict.fromkeys(filter(None, [*parts, here])))
+        stages.append(_Stage(modules, blocks if _hold_weights(model, blocks) else ()))
     return stages
 
 
