@@ -370,7 +370,7 @@ def test_blocks_of_several_patches(block: int, patch: int) -> None:
 
 
 def test_wrong_ways_and_wrong_masks_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot hide by 'drop'; what works: pixels, tokens"):
+    with pytest.raises(UserError, match="cannot hide by 'drop'; what works: compact, pixels, tokens"):
         HidingBackbone(build(SWIN, 64), "drop")
     with pytest.raises(UserError, match="cannot hide by 'tokens'; what works: pixels"):
         HidingBackbone(build("test_resnet", 64), "tokens")
