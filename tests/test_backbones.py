@@ -372,7 +372,7 @@ def test_blocks_of_several_patches(block: int, patch: int) -> None:
 def test_wrong_ways_and_wrong_masks_are_refused() -> None:
     with pytest.raises(UserError, match="cannot hide by 'drop'; what works: compact, pixels, tokens"):
         HidingBackbone(build(SWIN, 64), "drop")
-    with pytest.raises(UserError, match="cannot hide by 'tokens'; what works: pixels"):
+    with pytest.raises(UserError, match="cannot hide by 'tokens'; what works: compact, pixels"):
         HidingBackbone(build("test_resnet", 64), "tokens")
     images = torch.randn(2, 3, 64, 64)
     tokens, drop = HidingBackbone(build(VIT, 64), "tokens"), HidingBackbone(build(VIT, 64), "drop")
