@@ -119,7 +119,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("pretrain a --epochs abc", "command line: epochs = 'abc': Input should be a valid number"),
         ("pretrain a --epochs -3", "command line: epochs = '-3': Input should be greater than 0"),
         ("pretrain a --mask-ratio 1", "command line: mask_ratio = '1': Input should be less than 1"),
-        ("pretrain a --hide foo", "command line: hide = 'foo': Input should be 'pixels', 'tokens' or 'drop'"),
+        (
+            "pretrain a --hide foo",
+            "command line: hide = 'foo': Input should be 'pixels', 'tokens', 'drop' or 'compact'",
+        ),
         ("pretrain a --flip=maybe", "command line: flip = 'maybe': Input should be a valid boolean"),
         ("pretrain a --no-flip=yes", "--no-flip takes no value"),
         ("pretrain a --model-args {a:", "--model-args, line 1: "),

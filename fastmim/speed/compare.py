@@ -70,31 +70,27 @@ def bench(
         UserError: an option does not fit, the images cannot be read, or no method fits the network.
     """
     at = pick_device(device)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         feed = Feed(data, at) if data is not None else None
         chosen, baseline = choose(methods, sizes, model, feed.words if feed else {})
         comparison = Comparison(chosen, at, pick_precision(precision, at), compile)
         folder = Path(out) if out is not None else free_folder(Path("runs"), "bench")
         prepare_folder(folder, overwrite=False)
         comparison.measure(batch, seconds, feed)
-        speeds = feed.speed if feed else {}
         count = images or (feed.images if feed else IMAGENET)
-        rows, slowest = make_rows(
-            comparison.measured, comparison.methods, baseline.label, batch=comparison.batch,
-            peak=median(comparison.peaks), images=count, epochs=epochs, feed=speeds,
-        )  # fmt: skip
-        waiting = next((row for row in rows if row.waits), None)
-        remedy = feed.remedy(int(waiting.px.split("-")[0])) if feed and waiting else ""
-        result = Bench(
-            tuple(rows), comparison.left_out, slowest, comparison.facts(model), count, epochs, remedy,
-            comparison.interrupted, folder,
-        )  # fmt: skip
-        write_csv(result)
-        write_picture(result)
-        return result
+        result = comparison.result(baseline, count, epochs, feed, folder)
+    write_csv(result)
+    write_picture(result)
+    return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch, for a while; as many as before when None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -151,7 +147,10 @@ class Comparison:
             with self._progress() as advance:
                 for number in range(ROUNDS):
                     self.peaks.append(matrix_speed(self.device, self.autocast))
-                    for trial, labels in self._turns():
+                    for trial, members in self._turns():
+                        labels = [label for label in members if label in self.measured]
+                        if not labels:  # it belonged to methods that were left out a moment ago
+                            continue
                         name = f"{self.methods[labels[0]].name} at {trial.config.data.resolution} px"
                         advance(f"round {number + 1} of {ROUNDS}: {name}")
                         self._turn(trial, labels, seconds / ROUNDS)
@@ -164,7 +163,32 @@ class Comparison:
         if not self.methods:
             raise UserError(f"no method can be measured; {next(iter(self.left_out.values()))}")
 
-    def facts(self, model: str) -> dict[str, str | int]:
+    def result(self, baseline: Method, images: int, epochs: float | None, feed: Feed | None, folder: Path) -> Bench:
+        """The rows of what was measured, and the time of a run over ``images``."""
+        rows, compared = make_rows(
+            self.measured,
+            self.methods,
+            baseline.label,
+            batch=self.batch,
+            peak=median(self.peaks),
+            images=images,
+            epochs=epochs,
+            feed=feed.speed if feed else {},
+        )
+        waiting = next((row for row in rows if row.waits), None)
+        return Bench(
+            rows=tuple(rows),
+            left_out=self.left_out,
+            baseline=compared,
+            facts=self._facts(baseline.config.method.model),
+            images=images,
+            epochs=epochs,
+            remedy=feed.remedy(int(waiting.px.partition("-")[0])) if feed and waiting else "",
+            interrupted=self.interrupted,
+            folder=folder,
+        )
+
+    def _facts(self, model: str) -> dict[str, str | int]:
         """What all rows have in common."""
         cuda = self.device.type == "cuda"
         return {

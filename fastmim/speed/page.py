@@ -12,7 +12,8 @@ from fastmim.report.facts import duration
 from fastmim.speed.rows import PEAK, Bench, Row
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
-OURS, BASELINE, OTHERS = "#0072B2", "#D55E00", "#999999"
+COLOURS = {"FastMIM and its variants": "#0072B2", "baseline": "#D55E00", "other methods": "#999999"}
+NOISY = 0.3  # spread of the rounds from which on a person should know
 _INK, _PALE = "#222222", "#666666"
 # Recipes that are FastMIM or a variant of it.
 _FAMILY = ("fastmim", "fastmim_p", "compact", "disjoint")
@@ -35,6 +36,9 @@ def lines(bench: Bench) -> Iterator[str]:
     heads += [f"{bench.epochs:g} epochs"] if bench.epochs is not None else []
     fed = any(row.feed_images_per_s is not None for row in rows)
     yield from table([*heads, *(["loader", "limited by"] if fed else [])], [_times(row, fed) for row in rows])
+    noise = max(row.spread for row in rows)
+    if noise > NOISY:
+        yield f"\nrounds differ by up to {noise:.0%}: is something else running? More --seconds make it steadier"
     if bench.remedy:
         yield f"\nimages come faster with {bench.remedy}"
     if bench.left_out:
@@ -98,36 +102,34 @@ def write_csv(bench: Bench) -> None:
 def write_picture(bench: Bench) -> None:
     """bench.png: images per second as bars, fastest on top, each with its number and its ratio; 1000 px wide."""
     rows, facts = bench.rows[::-1], bench.facts
-    height = 1.25 + 0.36 * len(rows)
+    labels = [f"{row.method}  {row.px} px" for row in rows]
+    speeds = [row.images_per_s for row in rows]
+    height = 1.35 + 0.36 * len(rows)
     figure = Figure(figsize=(10, height), dpi=100)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.29, 0.35 / height, 0.69, 1 - 1.2 / height))
-    speeds = [row.images_per_s for row in rows]
-    axes.barh(range(len(rows)), speeds, height=0.72, color=[_colour(row, bench) for row in rows])
+    left = min(0.5, 0.025 + 0.0084 * max(map(len, labels)))  # a letter is up to 8.4 px wide
+    axes = figure.add_axes((left, 0.2 / height, 0.98 - left, 1 - 1.25 / height))
+    for kind, colour in COLOURS.items():
+        places = [place for place, row in enumerate(rows) if _kind(row, bench) == kind]
+        if not places:
+            continue
+        axes.barh(places, [speeds[place] for place in places], height=0.72, color=colour, label=kind)
     for place, row in enumerate(rows):
-        text = (
-            f" {number(row.images_per_s)}  ({row.ratio:.2f}x)"
-            if row.label != bench.baseline
-            else f" {number(row.images_per_s)}"
-        )
-        axes.text(row.images_per_s, place, text, va="center", fontsize=10, color=_INK)
-    axes.set_yticks(range(len(rows)), [f"{row.method}  {row.px} px" for row in rows], fontsize=10, color=_INK)
-    axes.set_xlim(0, 1.16 * max(speeds))
+        ratio = "" if row.label == bench.baseline else f"  ({row.ratio:.2f}x)"
+        axes.text(speeds[place], place, f" {number(speeds[place])}{ratio}", va="center", fontsize=10, color=_INK)
+    axes.set_yticks(range(len(rows)), labels, fontsize=10, color=_INK)
+    axes.set_xlim(0, 1.2 * max(speeds))
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.tick_params(length=0)
     axes.set_xticks([])
-    kinds = {_colour(row, bench) for row in rows}
-    names = {OURS: "FastMIM and its variants", BASELINE: "baseline", OTHERS: "other methods"}
-    for line, colour in enumerate(colour for colour in (OTHERS, BASELINE, OURS) if colour in kinds):
-        axes.text(
-            1.1 * max(speeds), line * 0.62 - 0.3, names[colour], color=colour, ha="right", fontsize=10, weight="bold"
-        )
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.spines["left"].set_color(_PALE)
     figure.text(0.015, 1 - 0.32 / height, f"Pre-training {facts['model']}: images per second", fontsize=14, color=_INK)
     said = f"whole training steps, {_settings(bench)}; ratio to {bench.baseline} px"
-    figure.text(0.015, 1 - 0.62 / height, said, fontsize=10, color=_PALE)
+    figure.text(0.015, 1 - 0.6 / height, said, fontsize=10, color=_PALE)
+    corner = (0.006, 1 - 0.66 / height)
+    figure.legend(loc="upper left", bbox_to_anchor=corner, ncols=3, frameon=False, fontsize=10, handlelength=1)
     figure.savefig(bench.folder / "bench.png")
 
 
@@ -138,7 +140,6 @@ def _settings(bench: Bench) -> str:
     return f"batches of {facts['batch']}, {facts['precision']}{compiled}, {facts['device']}{threads}"
 
 
-def _colour(row: Row, bench: Bench) -> str:
-    if row.label == bench.baseline:
-        return BASELINE
-    return OURS if row.method.split("+")[0] in _FAMILY else OTHERS
+def _kind(row: Row, bench: Bench) -> str:
+    family = "FastMIM and its variants" if row.method.split("+")[0] in _FAMILY else "other methods"
+    return "baseline" if row.label == bench.baseline else family

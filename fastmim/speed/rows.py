@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fastmim.speed.methods import Method
 
@@ -13,6 +13,7 @@ from fastmim.speed.methods import Method
 PEAK, KEPT = "peak of the device", "kept for the backward pass"
 
 
+@runtime_checkable
 class Timed(Protocol):
     """What a `fastmim.speed.trial.Trial` knows after its turns."""
 
