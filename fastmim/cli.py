@@ -228,7 +228,8 @@ def print_networks(names: list[str], resolution: int) -> None:
         hides = " ".join(way for way in ("pixels", "tokens", "drop") if way in facts["hides"])
         maps = " ".join(f"{channels}/{stride}" for channels, stride in facts["stages"])
         print_styled("bold", f"{name:{width}}", f"  {facts['params'] / 1e6:7.1f} M  {hides:20}  {maps}")
-    print("\nhides by: pixels, a learnt colour; tokens, a learnt token; drop, hidden tokens are not encoded (fastest)")
+    print("\nhides by: pixels, a learnt colour; tokens, a learnt token; drop, hidden tokens are not encoded (fastest);")
+    print("and every network by compact: visible blocks moved together")
 
 
 def print_styled(style: str, start: str, rest: str) -> None:
