@@ -24,7 +24,7 @@ from tyro.constructors import (
 )
 
 from fastmim import __version__, recipes
-from fastmim.cli_data import Prepare, Scan, prepare, scan
+from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
 from fastmim.cli_options import (
     Demo,
     Doctor,
@@ -309,6 +309,7 @@ COMMANDS = {
     "report": Command(Report, report, "report RUN..."),
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
+    "select": Command(Select, select, "select RUN"),
     "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),
     "resume": Command(Resume, resume, "resume RUN"),
