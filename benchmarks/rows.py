@@ -16,6 +16,7 @@ import timm
 import torch
 
 from fastmim import __version__
+from fastmim.machine import processor
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -26,7 +27,7 @@ def origin() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "command": shlex.join(["python", *(_short(word) for word in sys.argv)]),
-        "machine": f"{_processor()}, {os.cpu_count()} cores"
+        "machine": f"{processor()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -58,13 +59,6 @@ def read(name: str) -> list[dict[str, str]]:
 def _commit() -> str:
     call = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _processor() -> str:
-    """The processor's name; platform.processor() is empty on most Linux systems."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _short(word: str) -> str:

@@ -18,6 +18,7 @@ _PUBLIC = {
     "select": "fastmim.choose",
     "scan": "fastmim.data.sources.scan",
     "prepare_images": "fastmim.data.prepared.prepare",
+    "bench": "fastmim.speed.compare",
     "Run": "fastmim.run_folder",
     "Config": "fastmim.config",
     "UserError": "fastmim.errors",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from fastmim.runs import pretrain as pretrain
     from fastmim.runs import probe as probe
     from fastmim.runs import resume as resume
+    from fastmim.speed.compare import bench as bench
 
 
 def __getattr__(name: str) -> Any:

@@ -32,12 +32,23 @@ def _numbers(value: Any) -> Any:
 
 def _phases(value: Any) -> Any:
     """``128:0.6,160:0.4``, as a command line gives it, as pairs."""
-    return [pair.split(":") for pair in value.strip().split(",")] if isinstance(value, str) else value
+    if value is None:
+        return None
+    pairs = [pair.split(":") for pair in value.strip().split(",")] if isinstance(value, str) else value
+    try:
+        return [(int(resolution), float(share)) for resolution, share in pairs]
+    except (TypeError, ValueError):
+        raise ValueError("phases are pairs of a size in px and a share of the run, as 128:0.6,160:0.4") from None
 
 
 def _scales(value: Any) -> Any:
     """``1,3,-1`` as a list; words as they are."""
-    return value.strip("[]() ").split(",") if isinstance(value, str) and value not in ("stages", "localmim") else value
+    if not isinstance(value, str) or value in ("stages", "localmim"):
+        return value
+    try:
+        return [int(number) for number in value.strip("[]() ").split(",")]
+    except ValueError:
+        raise ValueError("scales are stages, localmim, or numbers of maps as 1,3,-3,-1") from None
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
@@ -93,7 +104,7 @@ class DataConfig(Section):
     @classmethod
     def _end_with_the_last_phase(cls, values: Any) -> Any:
         phases = _phases(values.get("phases")) if isinstance(values, Mapping) else None
-        return {**values, "resolution": phases[-1][0]} if phases else values
+        return {**values, "phases": phases, "resolution": phases[-1][0]} if phases else values
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":

@@ -8,7 +8,7 @@ pytorch, anomalib, mmpretrain.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def export_timm(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     card: Mapping[str, str],
+    discarded: Sequence[str] = (),
 ) -> Path:
     """Writes a timm hub folder that holds the pre-trained network without a head.
 
@@ -51,6 +52,8 @@ def export_timm(
         mean: of each channel (0 to 1, or in the units of raw images), as in training.
         std: likewise.
         card: what README.md tells: a heading to a line of text; "license" is the licence of the weights.
+        discarded: prefixes of the keys of layers that took no part in pre-training. Their weights may be missing: they
+            keep timm's initial values, and README.md says so.
 
     Returns:
         ``folder``.
@@ -66,12 +69,12 @@ def export_timm(
         # torch.manual_seed would also reseed the accelerators, which this fork does not put back.
         torch.default_generator.manual_seed(0)
         model: TimmModel = timm.create_model(architecture, pretrained=False, num_classes=0, **args).eval()
-    initial = _fill(model, weights, resolution, len(mean))
+    initial = _fill(model, weights, resolution, len(mean), discarded)
     name = model.pretrained_cfg["architecture"]
     files: dict[str, bytes | str] = {
         _WEIGHTS: _packed(model.state_dict()),
         _CONFIG: json.dumps(_config(model, args, resolution, mean, std), indent=2),
-        _README: _timm_readme(name, folder, card, initial),
+        _README: _timm_readme(name, folder, card, initial, discarded),
     }
     return _replace(folder, files)
 
@@ -88,6 +91,7 @@ def verify(
     folder: Path,
     backbone_forward: Callable[[Tensor], list[Float[Tensor, "B _ _ _"]]],
     images: Float[Tensor, "B C H W"],
+    discard: int = 0,
 ) -> float:
     """The largest absolute difference between the network's last map and that of ``folder``, loaded by timm.
 
@@ -95,8 +99,9 @@ def verify(
         folder: made by ``export_timm``.
         backbone_forward: the pre-trained network in eval mode, images to maps.
         images: as the network takes them, at the training resolution.
+        discard: how many blocks took no part in pre-training; here they take none either.
     """
-    loaded = build(f"local-dir:{folder}", images.shape[-1]).eval().to(images.device)
+    loaded = build(f"local-dir:{folder}", images.shape[-1], discard=discard).eval().to(images.device)
     with torch.no_grad():
         return float((loaded(images)[-1] - backbone_forward(images)[-1]).abs().max())
 
@@ -121,8 +126,13 @@ def _config(
     }
 
 
-def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int, channels: int) -> list[str]:
-    """Loads the weights into the stock network; returns the keys that keep their initial values."""
+def _fill(
+    model: TimmModel, weights: Mapping[str, Tensor], resolution: int, channels: int, discarded: Sequence[str]
+) -> list[str]:
+    """Loads the weights into the stock network; returns the other keys that keep their initial values.
+
+    Those of discarded layers are not among them.
+    """
     stock = model.state_dict()
     unexpected = sorted(weights.keys() - stock.keys())
     if unexpected:
@@ -130,7 +140,8 @@ def _fill(model: TimmModel, weights: Mapping[str, Tensor], resolution: int, chan
     for key, value in weights.items():
         if value.shape != stock[key].shape:
             raise ValueError(f"{key} is {tuple(value.shape)}, but {tuple(stock[key].shape)} in the stock network")
-    missing = [key for key in stock if key not in weights]
+    below = tuple(f"{prefix}." for prefix in discarded)
+    missing = [key for key in stock if key not in weights and not key.startswith(below)]
     needed = sorted(_needed(model, resolution, channels).intersection(missing)) if missing else []
     if needed:
         raise ValueError(f"weights that the feature map needs are missing: {', '.join(needed)}")
@@ -189,14 +200,16 @@ def _replace(folder: Path, files: Mapping[str, bytes | str]) -> Path:
     return folder
 
 
-def _timm_readme(architecture: str, folder: Path, card: Mapping[str, str], initial: list[str]) -> str:
+def _timm_readme(
+    architecture: str, folder: Path, card: Mapping[str, str], initial: list[str], discarded: Sequence[str]
+) -> str:
     name = folder.as_posix()
-    untouched = ""
-    if initial:
-        keys = "\n".join(f"- `{key}`" for key in initial)
-        untouched = (
-            f"\n## Not pre-trained\n\nPre-training does not use these layers; they hold timm's start:\n\n{keys}\n"
-        )
+    untouched = _list("Not pre-trained", "Pre-training does not use these layers; they hold timm's start:", initial)
+    fresh = (
+        "Pre-training went without these layers, to save time. They are in their places with timm's start, as fresh as "
+        "the head, for fine-tuning to train; features without fine-tuning should come from the layers before them:"
+    )
+    untouched += _list("Discarded in pre-training", fresh, discarded)
     return f"""{_front(card, ["image-feature-extraction", "timm", "transformers", "fastmim"])}
 # {architecture}
 
@@ -221,6 +234,12 @@ AutoModelForImageClassification.from_pretrained("{name}", num_labels=10, ignore_
 AutoImageProcessor.from_pretrained("{name}")
 ```
 {untouched}"""
+
+
+def _list(heading: str, text: str, names: Sequence[str]) -> str:
+    """A section of README.md; none where there are no names."""
+    lines = "\n".join(f"- `{name}`" for name in names)
+    return f"\n## {heading}\n\n{text}\n\n{lines}\n" if names else ""
 
 
 def _state_readme(folder: Path, card: Mapping[str, str]) -> str:

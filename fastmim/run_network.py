@@ -112,6 +112,7 @@ def export_network(run: Run, backbone: Network, folder: Path) -> Path:
     return export_timm(
         backbone.architecture, backbone.create_args, backbone.weights(), folder,
         resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, card=card,
+        discarded=getattr(backbone, "discarded", ()),
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ from fastmim.run_network import (
 from fastmim.seeding import derive
 from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.probe import run_probe
-from fastmim.tasks.resolve import resolve
+from fastmim.tasks.resolve import cells_of, resolve
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
 from fastmim.train.distributed import Ranks, barrier, ranks
@@ -120,7 +120,9 @@ def plan(config: Config) -> dict[str, Any]:
     device = pick_device(config.system.device)
     train, held_out = split(config, files)
     config = resolve(with_statistics(config, files), backbone, len(train))
+    build_mim(config, backbone)  # whatever would be refused, is refused here too
     assert config.optim.global_batch is not None
+    cells = ", ".join(str(cell) for cell in cells_of(config, backbone.stages))
     return {
         "images": len(train),
         "held out": len(held_out),
@@ -129,7 +131,7 @@ def plan(config: Config) -> dict[str, Any]:
         "stages": [dataclasses.astuple(stage) for stage in backbone.stages],
         "resolution": ", ".join(f"{resolution} ({share:.0%})" for resolution, share in config.data.course),
         "block": config.method.block,
-        "target": f"{config.method.target}, cells of {config.method.cell} px",
+        "target": f"{config.method.target}, cells of {cells} px",
         "masking": f"{config.method.masking}, {config.method.mask_ratio:.0%} hidden by {config.method.hide}"
         + (f", {config.method.masks} masks an image" if config.method.masks > 1 else ""),
         "decoder": _decoder(config),
@@ -155,7 +157,7 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
         return folder, 0.0
     side = run.config.data.resolution
     images = torch.randn(2, run.config.data.channels, side, side, generator=torch.Generator().manual_seed(0))
-    return folder, verify(folder, backbone, images)
+    return folder, verify(folder, backbone, images, run.config.method.discard)
 
 
 def probe(

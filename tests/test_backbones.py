@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -47,7 +47,7 @@ CASES = [
     Case("fasternet_t0", 320, 32, hides="pixels tokens"),
     Case("fastvit_t8", 384, 32),
     Case("gmlp_ti16_224", 128, 16),
-    Case("hiera_tiny_224", 768, 32),
+    Case("hiera_tiny_224", 768, 32, hides="drop pixels"),
     Case("hrnet_w18_small", 1024, 32),
     Case("inception_v3", 2048, 32, resolution=96),
     Case("lcnet_035", 176, 32),
@@ -274,6 +274,51 @@ def test_dropped_patches_are_not_encoded(model: str) -> None:
     torch.testing.assert_close(hiding(torch.where(hidden, 9.0, images), mask), [seen], rtol=0, atol=0)
 
 
+HIERA, SMALL_HIERA = "hiera_tiny_224", {"embed_dim": 24, "stages": (1, 2, 2, 1)}
+
+
+@pytest.mark.parametrize("size", [128, 160])
+@pytest.mark.parametrize(
+    ("model", "args"), [(HIERA, SMALL_HIERA), ("hiera_small_abswin_256", {"stages": (1, 1, 1, 1)})]
+)
+def test_hiera_leaves_units_out_as_timm_does(model: str, args: dict[str, Any], size: int) -> None:
+    hiding = HidingBackbone(build(model, size, model_args=args), "drop").eval()
+    assert hiding.backbone.mask_stride == 32
+    net, grid = hiding.backbone.model, size // 32
+    images, mask = torch.randn(2, 3, size, size), hidden_half(2, grid)
+    blocks: list[int] = []
+    net.blocks[-1].register_forward_hook(lambda block, inputs, out: blocks.append(out.shape[1]))
+    (seen,) = hiding(images, mask, hidden=grid**2 // 2)
+    assert blocks == [grid**2 - grid**2 // 2]
+
+    visible = net.forward_features(images, mask=~mask.flatten(1))
+    expected = torch.zeros(2, grid**2, visible.shape[2])
+    for image, hidden in enumerate(mask.flatten(1)):
+        expected[image, ~hidden] = visible[image]
+    torch.testing.assert_close(seen.flatten(2).transpose(1, 2), expected)
+    assert (seen.abs().sum(dim=1) == 0).equal(mask)
+
+    hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2).unsqueeze(1)
+    torch.testing.assert_close(hiding(torch.where(hidden, 9.0, images), mask), [seen], rtol=0, atol=0)
+    assert not torch.equal(hiding(torch.where(hidden, images, 9.0), mask)[0], seen)
+    torch.testing.assert_close(hiding(images, torch.zeros_like(mask)), hiding(images))
+
+
+def test_hiera_leaves_units_out_at_another_size_and_trains() -> None:
+    hiding = HidingBackbone(build(HIERA, 128, model_args=SMALL_HIERA), "drop")
+    hiding.backbone.resize(160)
+    hiding(torch.randn(2, 3, 160, 160), hidden_half(2, 5))[0].square().sum().backward()
+    assert [name for name, weight in hiding.named_parameters() if weight.grad is None] == []
+    assert not torch.equal(hiding(torch.ones(1, 3, 160, 160))[0], hiding(torch.zeros(1, 3, 160, 160))[0])
+
+
+@pytest.mark.parametrize("options", [{"indices": [0, -1]}, {"indices": [2]}, {"discard": 1}])
+def test_hiera_leaves_units_out_of_its_deepest_map_alone(options: dict[str, Any]) -> None:
+    backbone = build(HIERA, 128, model_args=SMALL_HIERA, **options)
+    with pytest.raises(UserError, match="'drop' only in its map of stride 32, not in those"):
+        HidingBackbone(backbone, "drop")
+
+
 @pytest.mark.parametrize("how", ["tokens", "drop"])
 def test_hiding_leaves_nothing_behind(how: str) -> None:
     hiding = HidingBackbone(build(VIT, 64, model_args={"dynamic_img_size": False}), how).eval()
@@ -299,6 +344,11 @@ for model in ("test_vit", "test_convnext"):
         for images in torch.randn(2, 2, 3, 64, 64):
             torch.testing.assert_close(compiled(images, mask, 4), hiding(images, mask, 4), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(compiled(images), hiding(images), rtol=1e-4, atol=1e-5)
+
+hiding = HidingBackbone(build("hiera_tiny_224", 64, model_args={"stages": (1, 1, 1, 1)}), "drop")
+compiled = torch.compile(hiding, backend="eager", fullgraph=True)
+images, mask = torch.randn(2, 3, 64, 64), torch.eye(2, dtype=torch.bool).expand(2, -1, -1)
+torch.testing.assert_close(compiled(images, mask, 2), hiding(images, mask, 2), rtol=1e-4, atol=1e-5)
 """
 
 
@@ -320,9 +370,9 @@ def test_blocks_of_several_patches(block: int, patch: int) -> None:
 
 
 def test_wrong_ways_and_wrong_masks_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot hide by 'drop'; what works: pixels, tokens"):
+    with pytest.raises(UserError, match="cannot hide by 'drop'; what works: compact, pixels, tokens"):
         HidingBackbone(build(SWIN, 64), "drop")
-    with pytest.raises(UserError, match="cannot hide by 'tokens'; what works: pixels"):
+    with pytest.raises(UserError, match="cannot hide by 'tokens'; what works: compact, pixels"):
         HidingBackbone(build("test_resnet", 64), "tokens")
     images = torch.randn(2, 3, 64, 64)
     tokens, drop = HidingBackbone(build(VIT, 64), "tokens"), HidingBackbone(build(VIT, 64), "drop")

@@ -33,7 +33,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], int, set[str]]] = {
     "swin_tiny_patch4_window7_224": (
         {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}, 32, {"pixels", "tokens", "compact"},
     ),
-    "pvt_v2_b0": ({"embed_dims": list(WIDTHS), "depths": [1, 1, 1, 1]}, 32, {"pixels", "compact"}),
+    "pvt_v2_b0": ({"embed_dims": [16, 32, 40, 64], "depths": [1, 1, 1, 1]}, 32, {"pixels", "compact"}),
     "convnext_atto": ({"dims": list(WIDTHS), "depths": [1, 1, 1, 1]}, 32, {"pixels", "compact"}),
     "resnet10t": ({"channels": list(WIDTHS)}, 32, {"pixels", "compact"}),
     "hiera_tiny_224": (
@@ -135,7 +135,7 @@ def test_no_recipe_leaks(name: str) -> None:
     """Each method with its own settings, on a small network of the kind that it is for."""
     recipe = recipes.load(name)
     network = "swin_tiny_patch4_window7_224" if "swin" in recipe.method.model else "vit_tiny_patch16_224"
-    arguments = {**NETWORKS[network][0], "depth": 6} if "vit" in network else NETWORKS[network][0]
+    arguments = {**NETWORKS[network][0], "depth": 8} if "vit" in network else NETWORKS[network][0]
     words = {"model": network, "model_args": arguments, "decoder_dim": 32, "decoder_depth": 1, "global_batch": 16}
     config = update(recipe, {**words, "mean": (0.5,) * 3, "std": (0.2,) * 3})
     backbone = build_network(config, None)

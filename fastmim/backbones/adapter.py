@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from timm.layers.format import Format
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastmim.backbones.blueprint import LOCAL, Blueprint, Plan, TimmModel, create, intermediates, probe
+from fastmim.backbones.dropping import GatherVisible, unit_size, visible_tokens
 from fastmim.backbones.resizing import Carry, plan_carry
 from fastmim.backbones.scales import choose_maps
 from fastmim.errors import UserError
@@ -54,10 +56,12 @@ class TimmBackbone(nn.Module):
         architecture: the name under which timm registers the network.
         create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds the stock network at this
             size; plain JSON values.
+        discarded: prefixes of the stock names of the blocks that take no part, such as ``("layers.3",)``.
         hides: the ways of hiding that work with this network. "pixels" always does (`fastmim.backbones.hiding`).
             "tokens" needs a patch embedding that looks at each patch alone: where patches overlap, hidden pixels would
             show in visible tokens. "drop" also needs attention over all tokens and no other mixing, so that a missing
-            token changes nothing but what others can attend to: timm's VisionTransformer and Eva.
+            token changes nothing but what others can attend to: timm's VisionTransformer and Eva; or Hiera, which was
+            made for it, where it leaves out units of 32 px from the deepest map.
         mask_stride: pixels per place of the masks for "tokens" and "drop"; 1 where neither works.
     """
 
@@ -77,13 +81,15 @@ class TimmBackbone(nn.Module):
         self.resolution = plan.resolution
         self.architecture = plan.architecture
         self.create_args = plan.create_args
+        self.discarded = blueprint.cut.discarded
         self.hides = ways_to_hide(model)
-        self.mask_stride = patch_size(model) or 1
+        self.mask_stride = unit_size(model) if isinstance(model, Hiera) else patch_size(model) or 1
         self._blueprint, self._indices, self._norm = blueprint, indices, norm
         self.mask_token: nn.Parameter | None
         self.register_parameter("mask_token", None)
         self._mask: Bool[Tensor, "B h w"] | None = None
         self._gather: GatherVisible | None = None
+        self._drops = False
 
     def hide_by(self, how: str) -> None:
         """Prepare for masks in ``forward``; once, before the parameters are given to an optimiser.
@@ -100,8 +106,16 @@ class TimmBackbone(nn.Module):
         if how == "tokens":
             width = next(_convolutions(self.model.patch_embed)).out_channels
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        elif how == "drop" and isinstance(self.model, Hiera):
+            strides = [stage.stride for stage in self.stages]
+            if strides != [self.mask_stride]:
+                raise UserError(
+                    f"{self.architecture} can hide by 'drop' only in its map of stride {self.mask_stride}, not in "
+                    f"those of {strides}; take that map alone, or hide by 'pixels'"
+                )
         elif how == "drop":
             self._gather = GatherVisible(self.model.num_prefix_tokens, with_indices=isinstance(self.model, Eva))
+        self._drops = how == "drop"
         self._hide_in(self.model)
 
     def check_resize(self, resolution: int) -> None:
@@ -134,6 +148,7 @@ class TimmBackbone(nn.Module):
             return carry
         with torch.random.fork_rng(devices=[]):
             model = create(plan.architecture, **plan.create_args)
+        self._blueprint.cut.apply(model)
         _prune(model, self._indices, self._norm)
         _take_over(model, self.model, lambda name, value: carry(f"model.{name}", value))
         self._hide_in(model)
@@ -163,8 +178,8 @@ class TimmBackbone(nn.Module):
         """
         if mask is None:
             return self._dense(images)
-        if self._gather is not None:
-            return self._dropped(images, mask, _count(mask) if hidden is None else hidden, self._gather)
+        if self._drops:
+            return self._dropped(images, mask, _count(mask) if hidden is None else hidden)
         if self.mask_token is None:
             raise ValueError("a mask needs hide_by() first")
         self._mask = mask
@@ -201,21 +216,28 @@ class TimmBackbone(nn.Module):
         return [_resize(one, images.shape[-1] // stage.stride) for one, stage in zip(maps, self.stages, strict=True)]
 
     def _dropped(
-        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B h w"], hidden: int, gather: "GatherVisible"
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B h w"], hidden: int
     ) -> list[Float[Tensor, "B _C _h _w"]]:
         places = mask[0].numel()
         # A stable sort lists the visible places first, in their order; nonzero() would wait for the device.
-        gather.keep = mask.flatten(1).byte().argsort(dim=1, stable=True)[:, : places - hidden]
-        try:
-            tokens = intermediates(self.model, images, self._indices, self._norm, output_fmt="NLC")
-            index = gather.keep.unsqueeze(2)
-        finally:
-            gather.keep = None
+        keep = mask.flatten(1).byte().argsort(dim=1, stable=True)[:, : places - hidden]
+        index = keep.unsqueeze(2)
         maps = [
             one.new_zeros(len(one), places, one.shape[2]).scatter(1, index.expand_as(one), one).transpose(1, 2)
-            for one in tokens
+            for one in self._visible(images, mask, keep)
         ]
         return [one.unflatten(2, mask.shape[1:]) for one in maps]
+
+    def _visible(
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B h w"], keep: Int64[Tensor, "B visible"]
+    ) -> list[Float[Tensor, "B visible _C"]]:
+        if self._gather is None:
+            return [visible_tokens(self.model, images, mask, keep)]
+        self._gather.keep = keep
+        try:
+            return intermediates(self.model, images, self._indices, self._norm, output_fmt="NLC")
+        finally:
+            self._gather.keep = None
 
     def _put_tokens(self, embed: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
         """Forward hook of the patch embedding, whose output is NLC, NHWC or NCHW."""
@@ -227,26 +249,6 @@ class TimmBackbone(nn.Module):
         if getattr(embed, "output_fmt", Format.NCHW) == Format.NHWC:
             return torch.where(mask.unsqueeze(3), token, tokens)
         return torch.where(mask.unsqueeze(1), token[:, None, None], tokens)
-
-
-class GatherVisible(nn.Module):
-    """Stands in timm's ``patch_drop`` slot, after the position embedding: lets only the tokens of ``keep`` pass.
-
-    Args:
-        prefix: class and register tokens in front, which always pass.
-        with_indices: also return which places were kept, as Eva's slot must, to pick the rotary embedding of each.
-    """
-
-    def __init__(self, prefix: int, with_indices: bool) -> None:
-        super().__init__()
-        self.prefix, self.with_indices = prefix, with_indices
-        self.keep: Int64[Tensor, "B visible"] | None = None
-
-    def forward(self, tokens: Float[Tensor, "B N D"]) -> Any:
-        if self.keep is not None:
-            index = self.keep.unsqueeze(2).expand(-1, -1, tokens.shape[2])
-            tokens = torch.cat([tokens[:, : self.prefix], tokens[:, self.prefix :].gather(1, index)], dim=1)
-        return (tokens, self.keep) if self.with_indices else tokens
 
 
 def build(
@@ -269,19 +271,23 @@ def build(
         resolution: side of the images in pixels.
         model_args: further arguments for ``timm.create_model``.
         pretrained: load timm's released weights (needs the network).
-        indices: which maps to return, counted as timm's ``forward_intermediates`` does; the deepest when not given.
-        scales: or which, in words, see `fastmim.backbones.scales`.
-        discard: .
+        indices: which maps to return, counted as timm's ``forward_intermediates`` does, among those that are left when
+            blocks are discarded; the deepest when not given.
+        scales: or which, in the words of `fastmim.backbones.scales`.
+        discard: how many of the last blocks take no part (FastMIM's layer discarding): they are not built, and to be
+            trained by fine-tuning. With the last block of a stage the whole stage goes.
 
     Raises:
-        UserError: no such model or folder, arguments that it does not take, or a size that it cannot take.
+        UserError: no such model or folder, arguments that it does not take, a size that it cannot take, or too many
+            blocks to discard.
     """
-    blueprint = Blueprint(name, model_args or {})
+    blueprint = Blueprint(name, model_args or {}, discard)
     take = blueprint.absolute((-1,) if indices is None else indices)
     if scales is not None:
         take = choose_maps(blueprint.strides, scales, name)
     plan = blueprint.at(resolution, take)
     model = create(name, pretrained=pretrained or name.startswith(LOCAL), **plan.create_args)
+    blueprint.cut.apply(model)
     norm, maps = probe(model, resolution, take)
     _prune(model, take, norm)
     _freeze_unreached(model, maps)
@@ -299,6 +305,8 @@ def patch_size(model: TimmModel) -> int | None:
 
 def ways_to_hide(model: TimmModel) -> frozenset[str]:
     """The ways of hiding that are exact for a timm network; see `TimmBackbone`."""
+    if isinstance(model, Hiera):
+        return frozenset({"pixels", "drop"})
     if patch_size(model) is None:
         return frozenset({"pixels"})
     drops = isinstance(model, VisionTransformer | Eva)

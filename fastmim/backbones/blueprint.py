@@ -14,6 +14,7 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor
 
+from fastmim.backbones.discarding import plan_cut
 from fastmim.errors import UserError
 
 LOCAL = "local-dir:"
@@ -29,7 +30,7 @@ class Plan:
         resolution: side of the images in pixels.
         architecture: the name under which timm registers it.
         create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds it; plain JSON values.
-        model: the network on the meta device.
+        model: the network on the meta device, without the blocks that are discarded.
     """
 
     resolution: int
@@ -44,16 +45,18 @@ class Blueprint:
     Args:
         name: a timm model, or ``local-dir:FOLDER``.
         model_args: further arguments for ``timm.create_model``.
+        discard: how many of its last blocks are to take no part.
 
     Attributes:
-        model: the network on the meta device, at the size that it was made for.
-        strides: pixels between two positions of each map, shallow to deep.
+        model: the network on the meta device, at the size that it was made for, with all its blocks.
+        cut: what is left of it without those.
+        strides: pixels between two positions of each map that is left, shallow to deep.
 
     Raises:
-        UserError: no such model or folder, or arguments that the network does not take.
+        UserError: no such model or folder, arguments that the network does not take, or too many blocks to discard.
     """
 
-    def __init__(self, name: str, model_args: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, model_args: Mapping[str, Any], discard: int = 0) -> None:
         _check_name(name)
         for word in ("img_size", "num_classes", "features_only"):
             if word in model_args:
@@ -64,7 +67,8 @@ class Blueprint:
         self.model_args = dict(model_args)
         with torch.device("meta"):
             self.model = create(name, **self.model_args)
-        self.strides: list[int] = [info["reduction"] for info in self.model.feature_info]
+        self.cut = plan_cut(name, self.model, discard)
+        self.strides: list[int] = [info["reduction"] for info in self.model.feature_info][: self.cut.maps]
 
     def absolute(self, indices: Sequence[int]) -> tuple[int, ...]:
         """Indices of maps counted from the front, in order of depth; pruning changes what -1 means.
@@ -86,11 +90,14 @@ class Blueprint:
         """The plan for images of ``resolution`` pixels, once it is known that the maps of ``indices`` can be computed.
 
         Raises:
-            UserError: the network cannot take this size; the next smaller and larger that it can take are named.
+            UserError: the network cannot take this size; the next smaller and larger that it can take are named. Or it
+                cannot do without the blocks that are discarded.
         """
         plan = self._try(resolution, indices)
         if isinstance(plan, Plan):
             return plan
+        if self.cut.blocks and isinstance(self._try(resolution, indices, whole=True), Plan):
+            raise UserError(f"discard: {self.name} cannot do without its last blocks ({plan}); discard 0 works")
         step = max(self.strides[index] for index in indices)
         below = range(resolution // step * step, 0, -step)
         above = range((resolution // step + 1) * step, 2 * resolution + step, step)
@@ -99,13 +106,15 @@ class Blueprint:
         ending = f"; nearest that work: {nearest}" if nearest else ""
         raise UserError(f"model '{self.name}' cannot take images of {resolution} px ({plan}){ending}")
 
-    def _try(self, resolution: int, indices: tuple[int, ...]) -> Plan | str:
-        """The plan, or the reason why there is none."""
+    def _try(self, resolution: int, indices: tuple[int, ...], whole: bool = False) -> Plan | str:
+        """The plan, or the reason why there is none; ``whole`` discards nothing."""
         step = max(self.strides[index] for index in indices)
         if resolution % step:
             return f"one position of its map covers {step} px"
         try:
             plan = self._draw(resolution)
+            if not whole:
+                self.cut.apply(plan.model)
             probe(plan.model, resolution, indices)
         except Exception as error:  # timm raises nearly every kind
             # A network that reads values (Gemma) cannot be tried without memory; its stride is all there is to know.

@@ -28,9 +28,9 @@ def choose_maps(strides: Sequence[int], scales: str | Sequence[int], name: str) 
             f"scales=stages: '{name}' is a plain network, whose {count} maps all have a stride of {strides[0]} px; say"
             f" which blocks, as in --scales {some}, or take --scales localmim"
         )
-    if scales == "localmim" and plain and count < 6:
+    if scales == "localmim" and plain and count < 7:
         raise UserError(
-            f"scales=localmim takes 4 of 6 or more blocks, but '{name}' has {count}; say which: --scales 0,-1"
+            f"scales=localmim takes 4 of 7 or more blocks, but '{name}' has {count}; say which: --scales 0,-1"
         )
     if isinstance(scales, str):
         return (1, 3, count - 3, count - 1) if plain else tuple(stages if scales == "stages" else stages[-4:])

@@ -71,7 +71,7 @@ def _checked_block(method: MethodConfig, stage: Stage, sizes: list[int]) -> int:
     common = math.gcd(*sizes)
     # Moved together, two blocks side by side make a position of the network.
     step = max(stage.stride // 2, 1) if method.hide == "compact" else stage.stride
-    block = method.block or _block(sizes[0], common, step)
+    block = method.block or _block(sizes[0], common, step, stage.stride)
     for side in sizes:
         if side % block:
             raise UserError(f"resolution {side} is not a multiple of the block of {block} px; {_near(side, block)}")
@@ -130,10 +130,11 @@ def _optim(config: Config, images: int, world: int) -> dict[str, Any]:
     return {"global_batch": batch, "lr": lr, "lr_per_256": None}
 
 
-def _block(resolution: int, common: int, step: int) -> int:
+def _block(resolution: int, common: int, step: int, stride: int) -> int:
     """An eighth of the first crop, as the paper's 16 px at 128, but a multiple of ``step`` that divides all crops."""
     most = max(step, resolution // 8)
-    return max((block for block in range(step, most + 1, step) if common % block == 0), default=step)
+    fits = (block for block in range(step, most + 1, step) if block % stride == 0 or stride % block == 0)
+    return max((block for block in fits if common % block == 0), default=step)
 
 
 def _hog_cell(block: int, stride: int) -> int:
