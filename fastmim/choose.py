@@ -151,7 +151,7 @@ def _check_nameable(table: ImageTable) -> None:
 def _as_csv(rows: Sequence[tuple[str, str]]) -> bytes:
     """The list, with names of any bytes as they are."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # its own end of lines, \r\n: only then does it quote names with either of both
     writer.writerow(("path", "score"))
     writer.writerows((os.fsencode(path).decode("utf-8", "surrogateescape"), score) for path, score in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")

@@ -33,8 +33,8 @@ _DECIMALS = 4
 _FLAT = 1e-3
 
 Loader = Iterable[Mapping[str, Tensor]]
-Gram = Float64[Tensor, "D+2 D+2"]
-"""Sums of the products of (1, D features, loss) over blocks: all that a regression and its R^2 need of them."""
+Gram = Float64[Tensor, "K K"]
+"""Sums of the products of K = 1 + D + 1 numbers (1, features, loss) over blocks: all that a fit and its R^2 need."""
 
 
 class Ridge(NamedTuple):
