@@ -25,7 +25,7 @@ from tyro.constructors import (
 
 from fastmim import __version__, recipes
 from fastmim.cli_bench import Bench, bench
-from fastmim.cli_data import Prepare, Scan, prepare, scan
+from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
 from fastmim.cli_options import (
     Demo,
     Doctor,
@@ -311,6 +311,7 @@ COMMANDS = {
     "report": Command(Report, report, "report RUN..."),
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
+    "select": Command(Select, select, "select RUN"),
     "bench": Command(Bench, bench, "bench [DATA]"),
     "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),
