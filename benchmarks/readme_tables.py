@@ -53,6 +53,53 @@ def backbones() -> str:
     )
 
 
+# Of the many that are measured, those that a first look needs.
+SHORT = {
+    *("simmim", "mae", "localmim", "fastmim", "fastmim+discard", "fastmim+hide=drop", "fastmim+hide=drop+discard"),
+    *("compact", "compact+discard"),
+}
+
+
+def methods(short: bool = False) -> str:
+    """Training steps of every method as ratios to SimMIM at 224 px, one column for each network."""
+    found = rows.read("methods")
+    newest = [row for row in found if (row["commit"], row["machine"]) == (found[-1]["commit"], found[-1]["machine"])]
+    models = list(dict.fromkeys(row["model"] for row in newest))
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in newest:
+        # How much is discarded, and how a network that has no patch embedding hides, differs from network to network.
+        words = [word.partition("=")[0] if word.startswith("discard") else word for word in row["method"].split("+")]
+        name = "+".join(word for word in words if word != "hide=pixels")
+        table.setdefault((name, row["px"]), {})[row["model"]] = row["ratio"]
+    order = sorted(table, key=lambda key: statistics.fmean(float(ratio) for ratio in table[key].values()))
+    if short:
+        order = [key for key in order if key[0] in SHORT]
+    lines = [f"| method | px | {' | '.join(models)} |", "|---" * (2 + len(models)) + "|"]
+    for name, px in order:
+        cells = " | ".join(table[name, px].get(model, "") for model in models)
+        lines.append(f"| {name.replace('+', ' ')} | {px} | {cells} |")
+    one = newest[0]
+    note = (
+        f"(images/s as multiples of SimMIM's at 224 px in the same run; batch {one['batch']}, {one['threads']} thread"
+    )
+    return "\n".join([*lines, "", f"{note}, {one['precision']}; {one['machine']}; medians of rounds that take turns)"])
+
+
+def phases() -> str:
+    """Images that grow, against one size throughout."""
+    found = rows.read("phases")
+    newest = [row for row in found if row["commit"] == found[-1]["commit"]]
+    lines = ["| run | sizes | minutes | of the largest | linear | kNN | jumps of the loss | noise |", "|---" * 8 + "|"]
+    for row in newest:
+        cells = [row["run"], row["sizes"], row["minutes"], f"{float(row['share_of_largest']):.0%}", row["linear"]]
+        lines.append(f"| {' | '.join([*cells, row['knn'], row['jumps'], row['noise']])} |")
+    one = newest[0]
+    return "\n".join(
+        [*lines, "", f"({one['model']}, {one['epochs']} epochs, one seed; untrained at the largest size: linear "
+         f"{one['linear_untrained']}, kNN {one['knn_untrained']} %; {one['machine']})"]
+    )  # fmt: skip
+
+
 def data() -> str:
     """Images a second of every way to feed a device, as ratios to the baseline of the same run."""
     lines = ["| | images/s | times the baseline | PSNR | HOG error | KiB |", "|---|---|---|---|---|---|"]
@@ -95,7 +142,13 @@ def _newest_data() -> list[dict[str, str]]:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": lambda: gain("demo"), "imagenette": lambda: gain("imagenette"), "backbones": backbones},
+    "README.md": {
+        "methods": lambda: methods(short=True),
+        "demo": lambda: gain("demo"),
+        "imagenette": lambda: gain("imagenette"),
+        "backbones": backbones,
+    },
+    "docs/methods.md": {"methods": methods, "phases": phases},
     "docs/data.md": {"data": data, "cores": cores},
 }
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "pretrain": "fastmim.runs",
     "resume": "fastmim.runs",
     "probe": "fastmim.runs",
+    "select": "fastmim.choose",
     "scan": "fastmim.data.sources.scan",
     "prepare_images": "fastmim.data.prepared.prepare",
     "bench": "fastmim.speed.compare",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from fastmim.backbones.adapter import Backbone as Backbone
     from fastmim.backbones.adapter import Stage as Stage
     from fastmim.backbones.hiding import HidingBackbone as HidingBackbone
+    from fastmim.choose import select as select
     from fastmim.config import Config as Config
     from fastmim.data.prepared.prepare import prepare_images as prepare_images
     from fastmim.data.sources.scan import scan as scan

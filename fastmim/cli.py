@@ -25,7 +25,7 @@ from tyro.constructors import (
 
 from fastmim import __version__, recipes
 from fastmim.cli_bench import Bench, bench
-from fastmim.cli_data import Prepare, Scan, prepare, scan
+from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
 from fastmim.cli_options import (
     Demo,
     Doctor,
@@ -228,7 +228,8 @@ def print_networks(names: list[str], resolution: int) -> None:
         hides = " ".join(way for way in ("pixels", "tokens", "drop") if way in facts["hides"])
         maps = " ".join(f"{channels}/{stride}" for channels, stride in facts["stages"])
         print_styled("bold", f"{name:{width}}", f"  {facts['params'] / 1e6:7.1f} M  {hides:20}  {maps}")
-    print("\nhides by: pixels, a learnt colour; tokens, a learnt token; drop, hidden tokens are not encoded (fastest)")
+    print("\nhides by: pixels, a learnt colour; tokens, a learnt token; drop, hidden tokens are not encoded (fastest);")
+    print("and every network by compact: visible blocks moved together")
 
 
 def print_styled(style: str, start: str, rest: str) -> None:
@@ -310,6 +311,7 @@ COMMANDS = {
     "report": Command(Report, report, "report RUN..."),
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
+    "select": Command(Select, select, "select RUN"),
     "bench": Command(Bench, bench, "bench [DATA]"),
     "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),

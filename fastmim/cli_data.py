@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastmim scan`` and ``fastmim prepare``: look at images, and write them once in the form that trains fastest."""
+"""``fastmim scan``, ``prepare`` and ``select``: look at images, write them in the form that trains fastest, choose."""
 
 import dataclasses
 import json
+import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,11 +13,13 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
-from fastmim.config import DataConfig, Section
+from fastmim.config import Config, DataConfig, Section
 from fastmim.errors import UserError
 
 if TYPE_CHECKING:
     from fastmim.data.table import Squares
+
+_NAMED = 5
 
 
 class Scan(Section):
@@ -74,6 +78,24 @@ class Prepare(Section):
     """Processes; as many as cores when not given."""
     max_bad: float = Field(default=0.05, ge=0, le=1)
     """Stop when more than this share of the images cannot be read."""
+
+
+class Select(Section):
+    """List the images that are worth training on.
+
+    After PASS: a short run scores its own images by how hard their most informative blocks are to predict.
+    """
+
+    run: Positional[str]
+    """The run folder; it may be interrupted."""
+    keep: float = Field(default=0.37, gt=0, le=1)
+    """Share of the images to keep; 1 lists all of them with their scores."""
+    out: str = "kept.csv"
+    """The list that pretrain reads, with a picture of the highest and the lowest scores beside it."""
+    device: str | None = None
+    """cuda, cuda:1, mps or cpu; the fastest there is when not given."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read images; from the cores when not given."""
 
 
 def scan(words: dict[str, Any]) -> int:
@@ -142,6 +164,34 @@ def prepare(words: dict[str, Any]) -> int:
     else:
         print(f"then:     fastmim prepare --out {done.out} --merge, when all parts are in this folder")
     return 0
+
+
+def select(words: dict[str, Any]) -> int:
+    """Prints how many were kept, how scores lie, how far to trust them, and how to train on the list."""
+    options = build(Select, words, "select")
+    from fastmim.choose import select as choose
+    from fastmim.run_folder import Run
+
+    done = choose(**options.model_dump())
+    quantiles = ((f"{place:.0%}", done.scores.quantile(place)) for place in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0))
+    trust = "not measured, of fewer than ten images" if math.isnan(done.r2) else f"R^2 {done.r2:.2f} on unseen images"
+    print(f"kept:      {done.kept:,} of {done.images:,} images, in {done.path}")
+    print(f"scores:    {', '.join(f'{name} {score:.3g}' for name, score in quantiles)}")
+    print(f"predictor: {trust}")
+    if done.bad:
+        named = "; ".join(f"{path!r}: {reason}" for path, reason in list(done.bad.items())[:_NAMED])
+        more = f"; {len(done.bad) - _NAMED:,} more" if len(done.bad) > _NAMED else ""
+        print(f"left out:  {len(done.bad):,} that cannot be read: {named}{more}")
+    print(f"look:      {done.picture}")
+    print(f"train:     fastmim pretrain {shlex.quote(str(done.path))}{_options_of_run(Run(options.run).config)}")
+    return 0
+
+
+def _options_of_run(config: Config) -> str:
+    """The words without which pretrain would see other values than the run did."""
+    data = config.data
+    words = f" --channels {data.channels}" if data.channels != 3 else ""
+    return words + (" --values raw" if data.values == "raw" else "")
 
 
 def _options_of(squares: "Squares") -> str:

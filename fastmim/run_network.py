@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import build
-from fastmim.backbones.hiding import backbone_side
+from fastmim.backbones.hiding import HidingBackbone, backbone_side
 from fastmim.config import Config, update
 from fastmim.errors import UserError
 from fastmim.export import export_state, export_timm
+from fastmim.mim.model import MaskedImageModel
 from fastmim.run_folder import Run
 from fastmim.seeding import derive
 from fastmim.tasks.pretrain import Pretrain, build_mim
@@ -60,17 +61,32 @@ def untrained_network(config: Config, network: nn.Module | None, side: int) -> N
     return whole_network(build_network(update(config, {"pretrained": False, "phases": None}), None, side), side)
 
 
-def trained_network(run: Run, network: nn.Module | None, side: int | None = None) -> Network:
-    """The run's network with the weights of its newest checkpoint, at another image size if asked for."""
+def trained_model(run: Run, network: nn.Module | None) -> tuple[MaskedImageModel, int]:
+    """The run's model with the weights of its newest checkpoint, and the side in pixels of the images it is built for.
+
+    Raises:
+        UserError: there is no checkpoint yet, or none that is whole.
+    """
     config = run.config
     found, _ = Checkpoints(run.path / "checkpoints").latest()
     if found is None:
         raise UserError(f"{run.path} has no checkpoint yet")
     resolution = config.data.course[found.state.get("phase", 0)][0]
-    backbone = build_network(update(config, {"pretrained": False}), network, resolution)
-    mim = build_mim(config, backbone)
+    mim = build_mim(config, build_network(update(config, {"pretrained": False}), network, resolution))
     mim.load_state_dict({name.removeprefix("mim."): value for name, value in found.tensors["model"].items()})
-    return whole_network(backbone, side or resolution)
+    return mim, resolution
+
+
+def trained_network(run: Run, network: nn.Module | None, side: int | None = None) -> Network:
+    """The run's network with the weights of its newest checkpoint, at another image size if asked for."""
+    mim, resolution = trained_model(run, network)
+    return whole_network(bare_network(mim), side or resolution)
+
+
+def bare_network(mim: MaskedImageModel) -> Network:
+    """The network of a model, without its way of hiding."""
+    assert isinstance(mim.backbone, HidingBackbone)
+    return mim.backbone.backbone
 
 
 def whole_network(backbone: Network, resolution: int) -> Network:

@@ -118,14 +118,21 @@ def masked_loss(
     ranks' gradients is the gradient of the mean over all cells.
     """
     counted = resize_mask(mask, target.shape[-1])[:, None]
-    error = prediction.float() - target
-    error = (error.square() if kind == "l2" else error.abs()).mean(dim=1, keepdim=True)
+    error = cell_errors(prediction, target, kind)
     count = counted.sum().float()
     if all_ranks and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     # A mask of small blocks may hide no large cell at all: then the sum is 0 as well.
     return (error * counted).sum() / count.clamp(min=1e-6)
+
+
+def cell_errors(
+    prediction: Float[Tensor, "N C h w"], target: Float[Tensor, "N C h w"], kind: str = "l2"
+) -> Float[Tensor, "N 1 h w"]:
+    """Mean over the channels of the squared ("l2") or absolute ("l1") error of each cell, in float32."""
+    error = prediction.float() - target
+    return (error.square() if kind == "l2" else error.abs()).mean(dim=1, keepdim=True)
 
 
 def _repeated(images: Float[Tensor, "B C h w"], masks: int) -> Float[Tensor, "N C h w"]:

@@ -114,21 +114,20 @@ class Pixels(nn.Module):
 def gradient_histograms(images: Float[Tensor, "B C H W"], cell: int, bins: int) -> Float[Tensor, "B C bins h w"]:
     """The histograms of `HOG` before they are divided by their norm: the magnitudes of a cell, by direction.
 
-    No ``atan2``: a direction lies in bin k when it is past the half-plane at angle k * pi / bins and not past the
-    next, so sums of the magnitudes past each half-plane give the histogram by subtracting neighbours. That is exact,
+    No ``atan2``: the cotangent gy / gx falls from infinity to minus infinity as the direction turns from 0 to pi, and
+    is the same for opposite gradients. So a direction is past k * pi / bins where its cotangent is not above that of
+    the angle, and sums of the magnitudes past each angle give the histogram by subtracting neighbours. That is exact,
     has no scatter, and fuses under torch.compile.
     """
     with torch.autocast(images.device.type, enabled=False):
         gx, gy = _sobel(images.float())
-        magnitude = torch.hypot(gx, gy)
-        # Fold the direction into [0, pi). Reflected borders make gx == 0 common: there the sign of gy decides.
-        opposite = (gx < 0) | ((gx == 0) & (gy < 0))
-        gx, gy = torch.where(opposite, -gx, gx), torch.where(opposite, -gy, gy)
-        past = [magnitude]
-        for k in range(1, bins):
-            angle = k * math.pi / bins
-            past.append(magnitude * (gx * math.cos(angle) >= gy * math.sin(angle)))
-        sums = [cell**2 * F.avg_pool2d(values, cell) for values in past]
+        magnitude, cotangent = torch.hypot(gx, gy), gy / gx
+        # Reflected borders make gx == 0 common: the direction then is 0, whatever the signs. (0 / 0 has no magnitude.)
+        cotangent = cotangent.masked_fill(cotangent == -math.inf, math.inf)
+        sums = [F.avg_pool2d(magnitude, cell, divisor_override=1)]
+        for k in range(1, bins):  # one after the other, so that each finds the memory of the one before in the cache
+            past = (cotangent <= 1 / math.tan(k * math.pi / bins)).float().mul_(magnitude)
+            sums.append(F.avg_pool2d(past, cell, divisor_override=1))
         sums.append(torch.zeros_like(sums[0]))
         return torch.stack([here - after for here, after in itertools.pairwise(sums)], dim=2)
 
