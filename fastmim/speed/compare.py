@@ -20,12 +20,12 @@ from fastmim.speed.feed import Feed
 from fastmim.speed.methods import Method, choose
 from fastmim.speed.page import write_csv, write_picture
 from fastmim.speed.rows import KEPT, PEAK, Bench, make_rows
-from fastmim.speed.trial import MOST, Trial, matrix_speed
+from fastmim.speed.trial import MOST, Trial
 from fastmim.train.device import pick_device, pick_precision
 
 IMAGENET = 1_281_167  # images of ImageNet-1k
 CPU_BATCH = 32
-ROUNDS = 3  # odd, so that a median is a number that was measured
+ROUNDS = 5  # odd, so that a median is a number that was measured
 
 Trials = dict[str, Trial]
 
@@ -103,7 +103,6 @@ class Comparison:
         measured: their trials, and the share of a run that each stands for.
         left_out: the others, and why.
         batch: images of a step.
-        peaks: floating-point operations per second of a matrix product, in each round.
         interrupted: whether somebody stopped it.
 
     Raises:
@@ -118,7 +117,7 @@ class Comparison:
         self.methods: dict[str, Method] = {}
         self.measured: dict[str, list[tuple[Trial, float]]] = {}
         self.left_out: dict[str, str] = {}
-        self.batch, self.peaks, self.interrupted = 0, list[float](), False
+        self.batch, self.interrupted = 0, False
         trials: Trials = {}
         for method in methods:
             try:
@@ -146,7 +145,6 @@ class Comparison:
         try:
             with self._progress() as advance:
                 for number in range(ROUNDS):
-                    self.peaks.append(matrix_speed(self.device, self.autocast))
                     for trial, members in self._turns():
                         labels = [label for label in members if label in self.measured]
                         if not labels:  # it belonged to methods that were left out a moment ago
@@ -170,7 +168,6 @@ class Comparison:
             self.methods,
             baseline.label,
             batch=self.batch,
-            peak=median(self.peaks),
             images=images,
             epochs=epochs,
             feed=feed.speed if feed else {},
@@ -191,6 +188,7 @@ class Comparison:
     def _facts(self, model: str) -> dict[str, str | int]:
         """What all rows have in common."""
         cuda = self.device.type == "cuda"
+        peaks = [peak for trial, _ in self._turns() for peak in trial.peaks]
         return {
             "model": model,
             "batch": self.batch,
@@ -199,7 +197,7 @@ class Comparison:
             "compile": str(self.compile).lower(),
             "threads": torch.get_num_threads(),
             "memory": PEAK if cuda else KEPT,
-            "matrix_tflops": f"{median(self.peaks) / 1e12:.3g}",
+            "matrix_tflops": f"{median(peaks) / 1e12:.3g}",
             "torch": torch.__version__,
             "fastmim": __version__,
         }

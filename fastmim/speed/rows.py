@@ -18,6 +18,7 @@ class Timed(Protocol):
     """What a `fastmim.speed.trial.Trial` knows after its turns."""
 
     seconds: list[float]
+    peaks: list[float]
     macs: float
     memory: int
 
@@ -35,7 +36,8 @@ class Row:
         ratio: images per second over those of the baseline, in the same round.
         spread: (slowest - fastest) / median of the rounds; what a small difference is worth.
         gmac_per_image: 1e9 multiply-accumulates, forward and backward.
-        share: achieved arithmetic over that of a matrix product.
+        share: achieved arithmetic over that of a matrix product just before, so that a machine whose speed changes
+            slows down both.
         memory_mb: 1e6 bytes of a step.
         feed_images_per_s: what the loader reaches at this size; None without images.
         epochs: the recipe's own.
@@ -102,7 +104,6 @@ def make_rows(
     baseline: str,
     *,
     batch: int,
-    peak: float,
     images: int,
     epochs: float | None,
     feed: Mapping[int, float],
@@ -114,7 +115,6 @@ def make_rows(
         methods: by label.
         baseline: label.
         batch: images of a step.
-        peak: floating-point operations per second of a matrix product.
         images: in the set that the estimates are for.
         epochs: to estimate beside the recipes' own.
         feed: images per second that the loader reaches, by size; may be empty.
@@ -141,7 +141,7 @@ def make_rows(
                 ratio=median(theirs / ours for theirs, ours in zip(rounds[baseline], seconds, strict=False)),
                 spread=(max(seconds) - min(seconds)) / own,
                 gmac_per_image=macs / 1e9,
-                share=2 * macs / own / peak,
+                share=2 * macs / median(_per_image(parts, batch, of_peak=True)),
                 memory_mb=max(trial.memory for trial, _ in parts) / 1e6,
                 feed_images_per_s=arriving,
                 epochs=config.optim.epochs,
@@ -152,7 +152,13 @@ def make_rows(
     return sorted(found, key=lambda row: row.ms_per_image), baseline
 
 
-def _per_image(parts: Sequence[tuple[Timed, float]], batch: int) -> list[float]:
-    """Seconds per image in each round that all parts have seen."""
-    rounds = zip(*(trial.seconds for trial, _ in parts), strict=False)
-    return [sum(share * one for one, (_, share) in zip(times, parts, strict=True)) / batch for times in rounds]
+def _per_image(parts: Sequence[tuple[Timed, float]], batch: int, of_peak: bool = False) -> list[float]:
+    """Seconds per image in each round that all parts have seen; or the operations of a matrix product in that time."""
+    costs = (
+        [
+            share * seconds * (peak if of_peak else 1) / batch
+            for seconds, peak in zip(one.seconds, one.peaks, strict=True)
+        ]
+        for one, share in parts
+    )
+    return [sum(parts_of_it) for parts_of_it in zip(*costs, strict=False)]

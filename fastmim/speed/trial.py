@@ -35,6 +35,7 @@ class Trial:
         macs: multiply-accumulates per image of forward and backward pass; of matrix products and convolutions.
         memory: bytes of a step, see `count_memory`.
         seconds: of a step, in each round.
+        peaks: floating-point operations per second of a matrix product, just before each of these.
 
     Raises:
         UserError: the network does not fit the options.
@@ -53,7 +54,7 @@ class Trial:
         self.optimizer = adamw(self.task.param_groups(optim.weight_decay), 1e-9, optim.betas)
         self.device, self.autocast, self.compile = device, autocast, compile
         self.batch = 0
-        self.macs, self.memory, self.seconds = 0.0, 0, list[float]()
+        self.macs, self.memory, self.seconds, self.peaks = 0.0, 0, list[float](), list[float]()
         self._pace: float | None = None
 
     def find_batch(self) -> int:
@@ -66,6 +67,7 @@ class Trial:
 
     def turn(self, seconds: float) -> None:
         """Makes steps for about ``seconds``, but at least one, and notes what they took; the first turn counts too."""
+        peak = matrix_speed(self.device, self.autocast)
         with self._awake():
             if self._pace is None:
                 self.macs = count_macs(self.task, self._example(_FEW))
@@ -82,6 +84,7 @@ class Trial:
             if self.device.type == "cuda":
                 self.memory = max(self.memory, torch.cuda.max_memory_allocated(self.device))
         self.seconds.append(self._pace)
+        self.peaks.append(peak)
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """One weight update, as `fastmim.train.engine.Fit` makes it."""
