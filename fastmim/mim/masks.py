@@ -93,7 +93,8 @@ def one_mask_only(masks: int, what: str) -> None:
         raise UserError(f"masks {masks}: {what} masking makes one of each image; 'random' and 'grid' make several")
 
 
-@torch.compiler.disable  # torch 2.14's compiler for CPUs writes beyond its memory here (grids of 7 x 7)
+# torch 2.14 compiles this for CPUs into code that writes beyond its memory (at grids of 7 x 7).
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def noise(keys: Int64[Tensor, " B"], count: int, stream: int = 0) -> Int64[Tensor, "B count"]:
     """64 random bits for each of ``count`` things of each image; another ``stream`` gives unrelated ones."""
     state = _splitmix(keys)
