@@ -58,7 +58,7 @@ def untrained_network(config: Config, network: nn.Module | None, side: int) -> N
     if network is not None:
         raise UserError("a module of your own has no untrained twin here; probe it before and after training")
     torch.manual_seed(derive(config.optim.seed, "init"))
-    return whole_network(build_network(update(config, {"pretrained": False, "phases": None}), None, side), side)
+    return whole_network(build_network(update(config, {"pretrained": False}), None), side)
 
 
 def trained_model(run: Run, network: nn.Module | None) -> tuple[MaskedImageModel, int]:

@@ -36,7 +36,7 @@ def cells_of(config: Config, stages: tuple[Stage, ...]) -> list[int]:
         assert method.cell is not None
         return [method.cell]
     strides = [stage.stride for stage in stages]
-    return strides if len(set(strides)) == len(strides) else [FINEST * 2**place for place in range(len(strides))]
+    return strides if len(set(strides)) > 1 else [FINEST * 2**place for place in range(len(strides))]
 
 
 def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
