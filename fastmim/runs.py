@@ -153,7 +153,7 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
     """
     run = run if isinstance(run, Run) else Run(run)
     side = run.config.data.resolution  # a run that was interrupted may be in a phase of another
-    backbone = trained_network(run, model, side)
+    backbone = trained_network(run, model, side).eval()
     folder = export_network(run, backbone, Path(out) if out else run.exported)
     if not hasattr(backbone, "architecture"):
         return folder, 0.0
