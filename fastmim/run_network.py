@@ -34,7 +34,12 @@ def build_network(config: Config, network: nn.Module | None, side: int | None = 
     if network is not None:
         if method.discard:
             raise UserError("--discard is for timm's networks; leave the last layers out of your own module instead")
-        return network
+        if method.scales not in (None, "stages"):
+            raise UserError(
+                f"scales: your own module returns the maps that it chooses; use --scales stages for all of them, not"
+                f" {method.scales}"
+            )
+        return _at_first(network, config, side)
     backbone = build(
         method.model,
         backbone_side(side or course[0][0], method.hide),
@@ -45,6 +50,17 @@ def build_network(config: Config, network: nn.Module | None, side: int | None = 
     )
     for resolution, _ in course[1:]:
         backbone.check_resize(backbone_side(resolution, method.hide))
+    return backbone
+
+
+def _at_first(network: nn.Module, config: Config, side: int | None) -> Network:
+    """The user's module; where it can change its size, at that of the first phase, and able to take the others."""
+    backbone: Network = network
+    if hasattr(backbone, "resize"):
+        hide, (first, *others) = config.method.hide, [resolution for resolution, _ in config.data.course]
+        for resolution in others:
+            backbone.check_resize(backbone_side(resolution, hide))
+        backbone.resize(backbone_side(side or first, hide))
     return backbone
 
 
@@ -91,7 +107,7 @@ def bare_network(mim: MaskedImageModel) -> Network:
 
 def whole_network(backbone: Network, resolution: int) -> Network:
     """The network for whole images of ``resolution`` pixels: itself, or a copy where it was built for others."""
-    if getattr(backbone, "resolution", resolution) == resolution:
+    if not hasattr(backbone, "at") or backbone.resolution == resolution:
         return backbone
     return backbone.at(resolution)
 
