@@ -91,11 +91,6 @@ def _check_scales(config: Config, stages: tuple[Stage, ...], block: int, sizes: 
                 f"scales: cells of {cell} px do not fit the stride of {stage.stride} px, blocks of {block} px and crops"
                 f" of {', '.join(map(str, sizes))} px; choose fewer --scales, or multiples of {max(cell, block)} px"
             )
-        if cell > block and (config.method.masking, config.method.predict_ratio) != ("random", None):
-            raise UserError(
-                f"scales: cells of {cell} px are larger than blocks of {block} px, of which"
-                f" masking={config.method.masking} would hide too few together; use --block {cell}"
-            )
 
 
 def _check_ratios(method: MethodConfig, block: int, side: int) -> None:
