@@ -40,16 +40,21 @@ def build_network(config: Config, network: nn.Module | None, side: int | None = 
                 f" {method.scales}"
             )
         return _at_first(network, config, side)
-    backbone = build(
-        method.model,
-        backbone_side(side or course[0][0], method.hide),
-        model_args=network_args(method.model_args, config.data.channels),
-        pretrained=method.pretrained,
-        scales=method.scales,
-        discard=method.discard,
-    )
-    for resolution, _ in course[1:]:
-        backbone.check_resize(backbone_side(resolution, method.hide))
+    try:
+        backbone = build(
+            method.model,
+            backbone_side(side or course[0][0], method.hide),
+            model_args=network_args(method.model_args, config.data.channels),
+            pretrained=method.pretrained,
+            scales=method.scales,
+            discard=method.discard,
+        )
+        for resolution, _ in course[1:]:
+            backbone.check_resize(backbone_side(resolution, method.hide))
+    except UserError as error:
+        if method.hide == "compact" and "cannot take images" in str(error):
+            raise UserError(f"hide: 'compact' gives the network images of half the side: {error}") from None
+        raise
     return backbone
 
 

@@ -166,6 +166,10 @@ def test_killed_around_every_change_it_ends_with_the_same_bits(
     [
         ({"phases": "128:0.5,160:0.4"}, "add up to 0.9"),
         ({"phases": "128:0.5,150:0.5"}, "cannot take images of 150 px"),
+        ({"phases": "128:0.5,160:0.5", "resolution": 192}, "resolution 192 .* ends at 160 px"),
+        ({"hide": "compact", "masking": "grid", "resolution": 96, **SWIN}, "half the side.*of 48 px"),
+        ({"hide": "compact", "masking": "grid", "phases": "128:0.5,160:0.5", **SWIN}, "half the side.*of 80 px"),
+        ({"phases": ()}, "phases are pairs"),
         ({"phases": "128:1.5,160:-0.5"}, "must be above 0"),
         ({"model": "mixer_s32_224", "phases": "224:0.5,256:0.5"}, "depend"),
     ],
