@@ -36,7 +36,10 @@ def _phases(value: Any) -> Any:
         return None
     pairs = [pair.split(":") for pair in value.strip().split(",")] if isinstance(value, str) else value
     try:
-        return [(int(resolution), float(share)) for resolution, share in pairs]
+        found = [(int(resolution), float(share)) for resolution, share in pairs]
+        if not found:
+            raise ValueError("none")
+        return found
     except (TypeError, ValueError):
         raise ValueError("phases are pairs of a size in px and a share of the run, as 128:0.6,160:0.4") from None
 
@@ -311,7 +314,11 @@ def update(config: Config, words: Mapping[str, Any], where: str = "options") -> 
             tree[section][field] = (plain,) if field == "paths" and isinstance(plain, str) else plain
             given.add(field)
     _let_the_last_word_win(tree, given)
-    return validate(tree, where)
+    config = validate(tree, where)
+    resolution, last = tree["data"]["resolution"], config.data.resolution
+    if {"phases", "resolution"} <= given and config.data.phases and str(resolution) != str(last):
+        raise UserError(f"{where}: resolution {resolution} with a last phase that ends at {last} px; leave resolution out")
+    return config
 
 
 def _let_the_last_word_win(tree: dict[str, dict[str, Any]], given: set[str]) -> None:

@@ -119,7 +119,8 @@ def phases(config: Config, steps: int, world: int) -> list[Phase]:
     for resolution, part in course:
         fits = optim.micro_batch * (course[0][0] / resolution) ** 2
         micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= max(1, fits))
-        found.append(Phase(round(done * steps), resolution, micro))
+        # Of a run of a few steps the last phase has one: what is handed over has its size.
+        found.append(Phase(min(round(done * steps), steps - 1), resolution, micro))
         done += part
     return found
 

@@ -34,17 +34,38 @@ def build_network(config: Config, network: nn.Module | None, side: int | None = 
     if network is not None:
         if method.discard:
             raise UserError("--discard is for timm's networks; leave the last layers out of your own module instead")
-        return network
-    backbone = build(
-        method.model,
-        backbone_side(side or course[0][0], method.hide),
-        model_args=network_args(method.model_args, config.data.channels),
-        pretrained=method.pretrained,
-        scales=method.scales,
-        discard=method.discard,
-    )
-    for resolution, _ in course[1:]:
-        backbone.check_resize(backbone_side(resolution, method.hide))
+        if method.scales not in (None, "stages"):
+            raise UserError(
+                f"scales: your own module returns the maps that it chooses; use --scales stages for all of them, not"
+                f" {method.scales}"
+            )
+        return _at_first(network, config, side)
+    try:
+        backbone = build(
+            method.model,
+            backbone_side(side or course[0][0], method.hide),
+            model_args=network_args(method.model_args, config.data.channels),
+            pretrained=method.pretrained,
+            scales=method.scales,
+            discard=method.discard,
+        )
+        for resolution, _ in course[1:]:
+            backbone.check_resize(backbone_side(resolution, method.hide))
+    except UserError as error:
+        if method.hide == "compact" and "cannot take images" in str(error):
+            raise UserError(f"hide: 'compact' gives the network images of half the side: {error}") from None
+        raise
+    return backbone
+
+
+def _at_first(network: nn.Module, config: Config, side: int | None) -> Network:
+    """The user's module; where it can change its size, at that of the first phase, and able to take the others."""
+    backbone: Network = network
+    if hasattr(backbone, "resize"):
+        hide, (first, *others) = config.method.hide, [resolution for resolution, _ in config.data.course]
+        for resolution in others:
+            backbone.check_resize(backbone_side(resolution, hide))
+        backbone.resize(backbone_side(side or first, hide))
     return backbone
 
 
@@ -58,7 +79,7 @@ def untrained_network(config: Config, network: nn.Module | None, side: int) -> N
     if network is not None:
         raise UserError("a module of your own has no untrained twin here; probe it before and after training")
     torch.manual_seed(derive(config.optim.seed, "init"))
-    return whole_network(build_network(update(config, {"pretrained": False, "phases": None}), None, side), side)
+    return whole_network(build_network(update(config, {"pretrained": False}), None), side)
 
 
 def trained_model(run: Run, network: nn.Module | None) -> tuple[MaskedImageModel, int]:
@@ -91,7 +112,7 @@ def bare_network(mim: MaskedImageModel) -> Network:
 
 def whole_network(backbone: Network, resolution: int) -> Network:
     """The network for whole images of ``resolution`` pixels: itself, or a copy where it was built for others."""
-    if getattr(backbone, "resolution", resolution) == resolution:
+    if not hasattr(backbone, "at") or backbone.resolution == resolution:
         return backbone
     return backbone.at(resolution)
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from fastmim.data.table import ImageTable
 from fastmim.data.workers import lost_workers
 from fastmim.errors import UserError
 from fastmim.export import verify
+from fastmim.mim.targets import Target
 from fastmim.report.page import write_report
 from fastmim.run_folder import Run, default_folder, locked, prepare_folder, write_config
 from fastmim.run_images import (
@@ -47,7 +48,7 @@ from fastmim.run_network import (
 from fastmim.seeding import derive
 from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.probe import run_probe
-from fastmim.tasks.resolve import cells_of, resolve
+from fastmim.tasks.resolve import resolve
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
 from fastmim.train.distributed import Ranks, barrier, ranks
@@ -120,9 +121,9 @@ def plan(config: Config) -> dict[str, Any]:
     device = pick_device(config.system.device)
     train, held_out = split(config, files)
     config = resolve(with_statistics(config, files), backbone, len(train))
-    build_mim(config, backbone)  # whatever would be refused, is refused here too
+    mim = build_mim(config, backbone)  # whatever would be refused, is refused here too
     assert config.optim.global_batch is not None
-    cells = ", ".join(str(cell) for cell in cells_of(config, backbone.stages))
+    cells = ", ".join(str(cast(Target, target).cell) for target in mim.targets)
     return {
         "images": len(train),
         "held out": len(held_out),
@@ -151,11 +152,11 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
         The folder, and the largest difference of the last map between the run's network and the loaded one.
     """
     run = run if isinstance(run, Run) else Run(run)
-    backbone = trained_network(run, model)
+    side = run.config.data.resolution  # a run that was interrupted may be in a phase of another
+    backbone = trained_network(run, model, side).eval()
     folder = export_network(run, backbone, Path(out) if out else run.exported)
     if not hasattr(backbone, "architecture"):
         return folder, 0.0
-    side = run.config.data.resolution
     images = torch.randn(2, run.config.data.channels, side, side, generator=torch.Generator().manual_seed(0))
     return folder, verify(folder, backbone, images, run.config.method.discard)
 

@@ -164,6 +164,17 @@ def test_several_scales_on_every_network(network: str) -> None:
         check_no_leak(mim, 128)
 
 
+def test_maps_that_are_split_into_blocks_predict_cells_of_their_new_stride() -> None:
+    """As the recipe localmim says of hierarchical networks, with the block that is chosen for them."""
+    words = {"scales": "localmim", "hide": "compact", "masking": "grid"}
+    config = config_of("swin_tiny_patch4_window7_224", 128, **words)
+    backbone = build_network(config, None)
+    mim = build_mim(resolve(config, backbone, 100), backbone)
+    assert mim.block == 16 and [target.cell for target in mim.targets] == [4, 8, 16, 16]
+    check(mim, 128)
+    check_no_leak(mim, 128)
+
+
 def test_words_of_the_schema_are_those_of_the_tables() -> None:
     fields = MethodConfig.model_fields
     for name, table in (("masking", MASKINGS), ("target", TARGETS), ("decoder", DECODERS)):

@@ -108,13 +108,24 @@ def test_losses_of_several_scales_add_up() -> None:
     mim = MaskedImageModel(TwoMaps(), RandomBlocks(0.75), targets, [fine, coarse], block=16)
     out = mim(images_of(), torch.tensor([5, 6]))
     assert [one.shape[-1] for one in out.predictions] == [8, 2]
-    # A cell of 32 px is one of the objective when all of its four blocks are hidden.
-    whole = out.masks.hidden.unflatten(2, (2, 2)).unflatten(1, (2, 2)).all(4).all(2)
+    # A cell of 32 px counts as much as of its four blocks is hidden.
+    share = out.masks.hidden.unflatten(2, (2, 2)).unflatten(1, (2, 2)).float().mean((2, 4))
     errors = (out.predictions[1] - out.targets[1]).square().mean(1)
-    expected = masked_loss(out.predictions[0], out.targets[0], out.masks.hidden) + errors[whole].mean()
-    assert 0 < whole.sum() < whole.numel() and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    coarsest = (errors * share).sum() / share.sum()
+    expected = masked_loss(out.predictions[0], out.targets[0], out.masks.hidden) + coarsest
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="2 targets need as many decoders, not 1"):
         MaskedImageModel(TwoMaps(), RandomBlocks(0.75), targets, fine)
+
+
+@pytest.mark.parametrize("cells", [2, 4, 8, 16, 32])
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts(cells: int) -> None:
+    """However it is cut into micro-batches, and however large cells are beside blocks."""
+    random = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(8, 3, cells, cells, generator=random) for _ in range(2))
+    mask = RandomBlocks(0.75)(torch.arange(8), 16).predicted
+    parts = [masked_loss(prediction[k : k + 1], target[k : k + 1], mask[k : k + 1]).item() for k in range(8)]
+    assert sum(parts) / 8 == pytest.approx(masked_loss(prediction, target, mask).item(), rel=1e-5)
 
 
 def test_visible_cells_have_no_part_in_the_objective() -> None:

@@ -20,6 +20,7 @@ from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.run_images import phases
 from fastmim.run_network import build_network
+from fastmim.runs import export
 from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.resolve import resolve
 from fastmim.train.checkpoint import Checkpoints
@@ -77,6 +78,29 @@ def test_the_micro_batch_follows_the_size_and_the_batch_does_not() -> None:
     assert [(phase.begin, phase.resolution, phase.micro_batch) for phase in found] == [
         (0, 128, 16), (50, 256, 4), (75, 64, 32),
     ]  # fmt: skip
+
+
+def test_the_last_phase_has_a_step_in_a_run_of_a_few() -> None:
+    config = resolved(phases="32:0.7,40:0.2,48:0.1", global_batch=16, micro_batch=16)
+    for steps in (1, 2, 3, 4):
+        assert [phase.resolution for phase in phases(config, steps, world=1) if phase.begin < steps][-1] == 48
+
+
+@pytest.mark.parametrize("hide", ["pixels", "compact"])
+def test_a_run_that_stopped_in_an_early_phase_is_exported_at_its_last_size(
+    photos: Path, tmp_path: Path, hide: str
+) -> None:
+    out, masking = tmp_path / "run", "grid" if hide == "compact" else "random"
+    number = child(lambda: start(photos, out, phases="32:0.7,64:0.3", hide=hide, masking=masking, epochs=900))
+    while saved_step(out) < 1:
+        time.sleep(0.01)
+    os.killpg(number, signal.SIGKILL)
+    wait_for(number)
+    found, _ = Checkpoints(out / "checkpoints").latest()
+    assert found is not None and found.state["phase"] == 0
+    folder, difference = export(out)
+    assert difference < 1e-5
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +166,10 @@ def test_killed_around_every_change_it_ends_with_the_same_bits(
     [
         ({"phases": "128:0.5,160:0.4"}, "add up to 0.9"),
         ({"phases": "128:0.5,150:0.5"}, "cannot take images of 150 px"),
+        ({"phases": "128:0.5,160:0.5", "resolution": 192}, "resolution 192 .* ends at 160 px"),
+        ({"hide": "compact", "masking": "grid", "resolution": 96, **SWIN}, "half the side.*of 48 px"),
+        ({"hide": "compact", "masking": "grid", "phases": "128:0.5,160:0.5", **SWIN}, "half the side.*of 80 px"),
+        ({"phases": ()}, "phases are pairs"),
         ({"phases": "128:1.5,160:-0.5"}, "must be above 0"),
         ({"model": "mixer_s32_224", "phases": "224:0.5,256:0.5"}, "depend"),
     ],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fastmim
 from fastmim import runs
+from fastmim.backbones.adapter import build
 from fastmim.cli import main
 from fastmim.config import Config, update
 from fastmim.data.sources.scan import scan
@@ -121,6 +122,41 @@ def test_a_module_of_ones_own(photos: Path, tmp_path: Path) -> None:
         run.load()
     with pytest.raises(UserError, match=r"stages|weights"):
         fastmim.pretrain(data=str(photos), model=nn.Conv2d(3, 8, 3), out=tmp_path / "other", **words)
+
+
+def test_options_that_a_module_of_ones_own_cannot_follow_are_refused(photos: Path, tmp_path: Path) -> None:
+    words = {name: value for name, value in TINY.items() if name not in ("model", "model_args")}
+    for scales in ("localmim", "0,1"):
+        with pytest.raises(UserError, match=r"scales.*--scales stages"):
+            fastmim.pretrain(data=str(photos), model=OwnNetwork(), out=tmp_path / scales, **words, scales=scales)
+
+
+def test_a_network_that_was_built_beforehand_goes_to_the_run_s_sizes(photos: Path, tmp_path: Path) -> None:
+    words = {name: value for name, value in TINY.items() if name not in ("model", "model_args", "resolution")}
+
+    def network() -> nn.Module:
+        return build("vit_tiny_patch16_224", 32, model_args={"patch_size": 8, "embed_dim": 48, "depth": 2})
+
+    for number, more in enumerate(
+        [
+            {"phases": "48:0.5,32:0.5"},
+            {"phases": "32:0.5,48:0.5"},
+            {"resolution": 32, "hide": "compact", "masking": "grid"},
+        ]
+    ):
+        run = fastmim.pretrain(data=str(photos), model=network(), out=tmp_path / str(number), **{**words, **more})
+        assert runs.export(run, model=network(), out=str(tmp_path / f"exported-{number}"))[1] < 1e-5
+    with pytest.raises(UserError, match="cannot take images of 36 px"):
+        fastmim.pretrain(
+            data=str(photos), model=network(), out=tmp_path / "refused", **words, phases="32:0.5,36:0.5", block=4
+        )
+
+
+def test_a_module_of_ones_own_may_have_a_resolution(photos: Path, tmp_path: Path) -> None:
+    words = {name: value for name, value in TINY.items() if name not in ("model", "model_args")}
+    network = OwnNetwork()
+    network.resolution = 99  # type: ignore[assignment]
+    fastmim.pretrain(data=str(photos), model=network, out=tmp_path / "run", **words)
 
 
 def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path) -> None:

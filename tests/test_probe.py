@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from fastmim.config import Config, update
 from fastmim.data.labelled import labelled
 from fastmim.errors import UserError
+from fastmim.run_network import build_network, untrained_network
+from fastmim.seeding import derive
 from fastmim.tasks import features, probe
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -309,6 +312,27 @@ class Colours(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [images if self.learnt else images[:, :, :1, :1]]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"phases": "64:0.5,96:0.5"},
+        # 224 px work, 112 px, which moving blocks together would make of them, do not.
+        {"resolution": 64, "hide": "compact", "masking": "grid"},
+    ],
+)
+def test_the_untrained_network_is_what_the_run_began_with(words: dict[str, Any]) -> None:
+    small = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+    config = update(Config(), {"model": "swin_tiny_patch4_window7_224", "model_args": small, **words})
+    torch.manual_seed(derive(config.optim.seed, "init"))
+    began = build_network(config, None)
+    network = untrained_network(config, None, 224)
+    assert network.resolution == 224
+    expected = began.at(224).weights()
+    assert network.weights().keys() == expected.keys()
+    for name, value in network.weights().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")

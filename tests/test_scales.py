@@ -32,6 +32,7 @@ def test_numbers_count_from_both_ends() -> None:
         (VIT, "stages", "plain network.*say which blocks, as in --scales 4,8,-1, or take --scales localmim"),
         (VIT[:4], "localmim", "7 or more blocks, but 'vit' has 4"),
         (VIT, (1, 12), "12 maps, 0 to 11, and none with the number 12"),
+        (VIT, (1, 3), "the last map, -1, is what is handed over.*--discard 8"),
         (VIT, (-1, 11), "several maps are needed, not 1"),
     ],
 )

@@ -17,7 +17,7 @@ def choose_maps(strides: Sequence[int], scales: str | Sequence[int], name: str) 
         name: of the network, for the message.
 
     Raises:
-        UserError: there are no such maps, or only one.
+        UserError: there are no such maps, or only one, or the last is not among them.
     """
     count = len(strides)
     stages = [place for place in range(count) if place + 1 == count or strides[place + 1] != strides[place]]
@@ -40,4 +40,7 @@ def choose_maps(strides: Sequence[int], scales: str | Sequence[int], name: str) 
     chosen = sorted({place % count for place in scales})
     if len(chosen) < 2:
         raise UserError(f"scales: several maps are needed, not {len(chosen)}; without --scales, the last one predicts")
+    if chosen[-1] != count - 1:
+        behind = f", and leave out what is behind map {chosen[-1]} with --discard {count - 1 - chosen[-1]}" * plain
+        raise UserError(f"scales: the last map, -1, is what is handed over; add it to the others{behind}")
     return tuple(chosen)

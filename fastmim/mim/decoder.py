@@ -166,7 +166,8 @@ class CrossDecoder(nn.Module):
         dense = queries.new_zeros(len(queries), side**2, queries.shape[-1])
         dense = dense.scatter(1, predicted[..., None].expand_as(queries), queries)
         out = self.head(dense.transpose(1, 2).unflatten(2, (side, side)))
-        return out * resize_mask(masks.predicted, out.shape[-1])[:, None]
+        # A cell of several blocks is predicted where any of them is.
+        return out * ~resize_mask(~masks.predicted, out.shape[-1])[:, None]
 
 
 class _CrossBlock(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
@@ -113,17 +114,20 @@ def masked_loss(
 ) -> Float[Tensor, ""]:
     """Mean over predicted cells and channels of the squared ("l2") or absolute ("l1") error, in float32.
 
-    A cell that is larger than the blocks of ``mask`` counts when all of its blocks are True. With ``all_ranks``, which
-    all of them must then call, the cells are counted over all of them, and the result is scaled so that the mean of the
-    ranks' gradients is the gradient of the mean over all cells.
+    A cell that is larger than the blocks of ``mask`` counts as much as of them is True (LocalMIM, Wang et al. 2023,
+    section 3.2). So each image counts alike, however a step is cut into micro-batches. With ``all_ranks``, which all of
+    them must then call, the cells are counted over all of them, and the result is scaled so that the mean of the ranks'
+    gradients is the gradient of the mean over all cells.
     """
-    counted = resize_mask(mask, target.shape[-1])[:, None]
+    blocks, cells = mask.shape[-1], target.shape[-1]
+    counted = resize_mask(mask, max(blocks, cells))[:, None].float()
+    counted = F.avg_pool2d(counted, blocks // cells) if cells < blocks else counted
     error = cell_errors(prediction, target, kind)
-    count = counted.sum().float()
+    count = counted.sum()
     if all_ranks and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    # A mask of small blocks may hide no large cell at all: then the sum is 0 as well.
+    # Where nothing is True, the sum is 0 as well.
     return (error * counted).sum() / count.clamp(min=1e-6)
 
 

@@ -15,9 +15,8 @@ def localmim() -> Config:
     multiply-accumulates). Status: the paper's rows are not measured here; steps of ViT-S are, in
     ``results/methods.csv``.
 
-    Differs from the paper: a cell of 32 px counts when all of its four patches are hidden. Hierarchical networks
-    predict from each of their stages, in cells of its stride: with ``--hide pixels``, or with ``--hide compact
-    --masking grid``.
+    Differs from the paper: hierarchical networks predict from each of their stages, in cells of its stride: with
+    ``--hide pixels``, or with ``--hide compact --masking grid``.
     """
     return Config(
         data=DataConfig(resolution=224, crop_scale=(0.2, 1.0), flip=True),

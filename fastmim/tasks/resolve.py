@@ -36,7 +36,7 @@ def cells_of(config: Config, stages: tuple[Stage, ...]) -> list[int]:
         assert method.cell is not None
         return [method.cell]
     strides = [stage.stride for stage in stages]
-    return strides if len(set(strides)) == len(strides) else [FINEST * 2**place for place in range(len(strides))]
+    return strides if len(set(strides)) > 1 else [FINEST * 2**place for place in range(len(strides))]
 
 
 def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
@@ -90,11 +90,6 @@ def _check_scales(config: Config, stages: tuple[Stage, ...], block: int, sizes: 
             raise UserError(
                 f"scales: cells of {cell} px do not fit the stride of {stage.stride} px, blocks of {block} px and crops"
                 f" of {', '.join(map(str, sizes))} px; choose fewer --scales, or multiples of {max(cell, block)} px"
-            )
-        if cell > block and (config.method.masking, config.method.predict_ratio) != ("random", None):
-            raise UserError(
-                f"scales: cells of {cell} px are larger than blocks of {block} px, of which"
-                f" masking={config.method.masking} would hide too few together; use --block {cell}"
             )
 
 
