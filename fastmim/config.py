@@ -314,11 +314,7 @@ def update(config: Config, words: Mapping[str, Any], where: str = "options") -> 
             tree[section][field] = (plain,) if field == "paths" and isinstance(plain, str) else plain
             given.add(field)
     _let_the_last_word_win(tree, given)
-    config = validate(tree, where)
-    resolution, last = tree["data"]["resolution"], config.data.resolution
-    if {"phases", "resolution"} <= given and config.data.phases and str(resolution) != str(last):
-        raise UserError(f"{where}: resolution {resolution} with a last phase that ends at {last} px; leave resolution out")
-    return config
+    return validate(tree, where)
 
 
 def _let_the_last_word_win(tree: dict[str, dict[str, Any]], given: set[str]) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -91,11 +92,9 @@ def test_a_run_that_stopped_in_an_early_phase_is_exported_at_its_last_size(
     photos: Path, tmp_path: Path, hide: str
 ) -> None:
     out, masking = tmp_path / "run", "grid" if hide == "compact" else "random"
-    number = child(lambda: start(photos, out, phases="32:0.7,64:0.3", hide=hide, masking=masking, epochs=900))
-    while saved_step(out) < 1:
-        time.sleep(0.01)
-    os.killpg(number, signal.SIGKILL)
-    wait_for(number)
+    start(photos, out, phases="32:0.7,64:0.3", hide=hide, masking=masking, keep=STEPS)
+    for later in sorted((out / "checkpoints").iterdir())[10:]:
+        shutil.rmtree(later)
     found, _ = Checkpoints(out / "checkpoints").latest()
     assert found is not None and found.state["phase"] == 0
     folder, difference = export(out)
@@ -166,7 +165,6 @@ def test_killed_around_every_change_it_ends_with_the_same_bits(
     [
         ({"phases": "128:0.5,160:0.4"}, "add up to 0.9"),
         ({"phases": "128:0.5,150:0.5"}, "cannot take images of 150 px"),
-        ({"phases": "128:0.5,160:0.5", "resolution": 192}, "resolution 192 .* ends at 160 px"),
         ({"hide": "compact", "masking": "grid", "resolution": 96, **SWIN}, "half the side.*of 48 px"),
         ({"hide": "compact", "masking": "grid", "phases": "128:0.5,160:0.5", **SWIN}, "half the side.*of 80 px"),
         ({"phases": ()}, "phases are pairs"),
