@@ -63,7 +63,8 @@ SHORT = {
 def methods(short: bool = False) -> str:
     """Training steps of every method as ratios to SimMIM at 224 px, one column for each network."""
     found = rows.read("methods")
-    newest = [row for row in found if (row["commit"], row["machine"]) == (found[-1]["commit"], found[-1]["machine"])]
+    last = {row["model"]: row["commit"] for row in found}
+    newest = [row for row in found if row["commit"] == last[row["model"]]]
     models = list(dict.fromkeys(row["model"] for row in newest))
     table: dict[tuple[str, str], dict[str, str]] = {}
     for row in newest:

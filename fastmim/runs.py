@@ -158,7 +158,7 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
     if not hasattr(backbone, "architecture"):
         return folder, 0.0
     images = torch.randn(2, run.config.data.channels, side, side, generator=torch.Generator().manual_seed(0))
-    return folder, verify(folder, backbone, images, run.config.method.discard)
+    return folder, verify(folder, backbone, images, backbone.discard)
 
 
 def probe(

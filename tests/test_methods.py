@@ -195,6 +195,10 @@ def test_words_of_the_schema_are_those_of_the_tables() -> None:
         ({"masking": "grid", "resolution": 112}, "7 blocks of 16 px; nearest that work: 96, 128"),
         ({"scales": (0, -1), "resolution": 80, "block": 16, "model_args": {"depth": 4}}, None),
         ({"discard": 12}, "discard"),
+        (
+            {"decoder": "cross", "block": 8},
+            "of 16 px, but a block has 8 px; use a --block that is a multiple",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(words: dict[str, Any], message: str | None) -> None:

@@ -56,6 +56,7 @@ class TimmBackbone(nn.Module):
         architecture: the name under which timm registers the network.
         create_args: ``timm.create_model(architecture, num_classes=0, **create_args)`` builds the stock network at this
             size; plain JSON values.
+        discard: how many of the last blocks take no part.
         discarded: prefixes of the stock names of the blocks that take no part, such as ``("layers.3",)``.
         hides: the ways of hiding that work with this network. "pixels" always does (`fastmim.backbones.hiding`).
             "tokens" needs a patch embedding that looks at each patch alone: where patches overlap, hidden pixels would
@@ -81,7 +82,7 @@ class TimmBackbone(nn.Module):
         self.resolution = plan.resolution
         self.architecture = plan.architecture
         self.create_args = plan.create_args
-        self.discarded = blueprint.cut.discarded
+        self.discard, self.discarded = blueprint.discard, blueprint.cut.discarded
         self.hides = ways_to_hide(model)
         self.mask_stride = unit_size(model) if isinstance(model, Hiera) else patch_size(model) or 1
         self._blueprint, self._indices, self._norm = blueprint, indices, norm

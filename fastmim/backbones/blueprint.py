@@ -49,6 +49,7 @@ class Blueprint:
 
     Attributes:
         model: the network on the meta device, at the size that it was made for, with all its blocks.
+        discard: how many of its last blocks take no part.
         cut: what is left of it without those.
         strides: pixels between two positions of each map that is left, shallow to deep.
 
@@ -67,7 +68,7 @@ class Blueprint:
         self.model_args = dict(model_args)
         with torch.device("meta"):
             self.model = create(name, **self.model_args)
-        self.cut = plan_cut(name, self.model, discard)
+        self.discard, self.cut = discard, plan_cut(name, self.model, discard)
         self.strides: list[int] = [info["reduction"] for info in self.model.feature_info][: self.cut.maps]
 
     def absolute(self, indices: Sequence[int]) -> tuple[int, ...]:

@@ -163,14 +163,18 @@ def count_kept(task: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype 
     weights = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
     kept: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    # The storages themselves, so that none is freed and its place taken by another while they are counted; not the
+    # tensors, of whose graph a part would then keep itself for ever.
+    alive: list[torch.UntypedStorage] = []
+
+    def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            alive.append(storage)
 
     kind = batch["images"].device.type
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
             loss, _ = task(batch)
         del loss

@@ -60,7 +60,7 @@ def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
     if method.scales is not None:
         _check_scales(config, stages, block, sizes)
     _check_ratios(method, block, min(sizes))
-    _check_decoder(method)
+    _check_decoder(method, block, max(one.stride for one in (stages if method.scales else stages[-1:])))
     dim, depth = default_size(stage.channels, hierarchical=stage.stride > 16)
     chosen["decoder_dim"] = method.decoder_dim or dim
     chosen["decoder_depth"] = method.decoder_depth or (1 if method.scales else depth)
@@ -103,13 +103,18 @@ def _check_ratios(method: MethodConfig, block: int, side: int) -> None:
             )
 
 
-def _check_decoder(method: MethodConfig) -> None:
+def _check_decoder(method: MethodConfig, block: int, stride: int) -> None:
     if method.decoder == "linear" and method.hide in ("drop", "compact"):
         raise UserError(
             f"the linear decoder sees nothing of blocks that hide={method.hide} leaves out;"
             " use decoder=transformer, or hide=tokens"
         )
-    if method.decoder_dim is not None and method.decoder_dim % 32:
+    if method.decoder == "cross" and block % stride:
+        raise UserError(
+            f"the cross decoder picks whole positions of {stride} px, but a block has {block} px; use a --block that is"
+            f" a multiple of {stride}, or decoder=transformer"
+        )
+    if method.decoder != "linear" and method.decoder_dim is not None and method.decoder_dim % 32:
         raise UserError(f"decoder_dim {method.decoder_dim} is not a multiple of 32; {_near(method.decoder_dim, 32)}")
 
 

@@ -30,15 +30,15 @@ def find_micro_batch(
     """
     kept = 0
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
+        # Nothing is kept, as nothing is asked for again: a graph that keeps its own outputs is never freed.
         nonlocal kept
         kept += 0 if isinstance(tensor, nn.Parameter) else tensor.numel() * tensor.element_size()
-        return tensor
 
     pair = min(2, per_rank)
     was_training = task.training
     task.eval()  # so that no running mean of a BatchNorm sees the trial
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing):
         task(example(pair))
     limit = max(1, int(_SHARE * free / (kept / pair))) if kept else per_rank
     if device.type == "cpu":

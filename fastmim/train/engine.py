@@ -182,6 +182,8 @@ class Fit:
                 if plan.phase(step) != self.phase:
                     self._enter(plan.phase(step))
                     model = parallel(self.task, self.device)
+                    if self.ranks.first:
+                        log.say(f"phase {self.phase + 1} of {len(plan.phases)} begins")
                 self._step(model, batches, step)
                 step += 1
                 reading = step % plan.log_every == 0 or step == plan.steps
@@ -240,8 +242,6 @@ class Fit:
                 for name, kinds in moments.items()
             }
         )
-        if self.ranks.first:
-            self.log.say(f"phase {phase + 1} of {len(self.plan.phases)} begins")
 
     def _optimizer(self) -> torch.optim.AdamW:
         optim = self.plan.optim

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting what a step keeps leaves nothing behind."""
+
+import gc
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmim.speed.trial import count_kept
+from fastmim.train.batch import find_micro_batch
+
+
+class Exponential(nn.Module):
+    """Keeps its own output for the backward pass, as softmax and many others do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return (batch["images"] * self.weight).exp().sum(), {}
+
+
+def example(count: int) -> dict[str, Tensor]:
+    return {"images": torch.zeros(count, 4_000_000)}
+
+
+@pytest.mark.parametrize("way", ["bench", "micro-batch"])
+def test_counting_leaves_nothing_behind(way: str) -> None:
+    task = Exponential()
+    before = psutil.Process().memory_info().rss
+    for _ in range(10):
+        if way == "bench":
+            assert count_kept(task, example(4)) >= 4 * 4_000_000 * 4
+        else:
+            assert find_micro_batch(task, example, 2, torch.device("cpu"), 10**12) == 2
+    gc.collect()
+    # A single round keeps at least 32 MB.
+    assert psutil.Process().memory_info().rss - before < 100e6
