@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastMIM-P against the largest size from the start: time, features, and the loss where the size changes.
 
-    python benchmarks/phases.py DATA/imagenette-96 --phases 64:0.6,80:0.25,96:0.15 model=... epochs=...
+    python benchmarks/phases.py DATA/signs-96 model=... epochs=... --phases 64:0.6,80:0.25,96:0.15
 
 DATA holds train/ and val/ with class folders; training sees train/ without its labels. Of three runs with the same
 options, one grows, one has the largest size throughout, one the smallest. At a change of size, the jump is the mean
