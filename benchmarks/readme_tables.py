@@ -92,12 +92,13 @@ def phases() -> str:
     newest = [row for row in found if row["commit"] == found[-1]["commit"]]
     lines = ["| run | sizes | minutes | of the largest | linear | kNN | jumps of the loss | noise |", "|---" * 8 + "|"]
     for row in newest:
-        cells = [row["run"], row["sizes"], row["minutes"], f"{float(row['share_of_largest']):.0%}", row["linear"]]
-        lines.append(f"| {' | '.join([*cells, row['knn'], row['jumps'], row['noise']])} |")
+        cells = [row["run"], row["sizes"], row["minutes"], f"{float(row['share_of_largest']):.0%}"]
+        cells += [f"{float(row[name]):.1f}" for name in ("linear", "knn")]
+        lines.append(f"| {' | '.join([*cells, row['jumps'], row['noise']])} |")
     one = newest[0]
     return "\n".join(
         [*lines, "", f"({one['model']}, {one['epochs']} epochs, one seed; untrained at the largest size: linear "
-         f"{one['linear_untrained']}, kNN {one['knn_untrained']} %; {one['machine']})"]
+         f"{float(one['linear_untrained']):.1f}, kNN {float(one['knn_untrained']):.1f} %; {one['machine']})"]
     )  # fmt: skip
 
 
