@@ -78,7 +78,7 @@ def methods(short: bool = False) -> str:
     lines = [f"| method | px | {' | '.join(models)} |", "|---" * (2 + len(models)) + "|"]
     for name, px in order:
         cells = " | ".join(table[name, px].get(model, "") for model in models)
-        lines.append(f"| {name.replace('+', ' ')} | {px} | {cells} |")
+        lines.append(f"| {name.replace('+', ' + ')} | {px} | {cells} |")
     one = newest[0]
     note = (
         f"(images/s as multiples of SimMIM's at 224 px in the same run; batch {one['batch']}, {one['threads']} thread"
