@@ -39,6 +39,7 @@ def main() -> None:
     """Measures every network and appends its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", help="only these, as recipe+word=value")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for model in options.models:
             found = fastmim.bench(
-                model=model, methods=MODELS[model], batch=options.batch, seconds=options.seconds,
+                model=model, methods=options.methods or MODELS[model], batch=options.batch, seconds=options.seconds,
                 threads=options.threads, out=Path(scratch) / model,
             )  # fmt: skip
             rows.append("methods", [_row(found, row) | origin for row in found.rows])
