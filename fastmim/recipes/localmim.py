@@ -12,8 +12,8 @@ def localmim() -> Config:
     32 px, each with a decoder of its own of one block; the losses are added up. AdamW with 2e-4 per 256 images.
     Command: ``fastmim pretrain IMAGES --recipe localmim --model vit_base_patch16_224 --global-batch 2048``
     Expected cost: 0.3 times SimMIM's an epoch; at 128 px (``--resolution 128``) 0.1 times (ViT-B,
-    multiply-accumulates). Status: the paper's rows are not measured here; steps of ViT-S are, in
-    ``results/methods.csv``.
+    multiply-accumulates). Status: the paper's rows are not measured here; steps of ViT-S at 128 px
+    are, in ``results/methods.csv``.
 
     Differs from the paper: hierarchical networks predict from each of their stages, in cells of its stride: with
     ``--hide pixels``, or with ``--hide compact --masking grid``.

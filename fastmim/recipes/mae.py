@@ -11,8 +11,8 @@ def mae() -> Config:
     of 16 px dropped, a decoder of 8 blocks of 512 channels, pixels normalised per patch, AdamW with 1.5e-4 per 256
     images, betas 0.9 and 0.95, weight decay 0.05, warm-up over 40 epochs (appendix A.1).
     Command: ``fastmim pretrain IMAGES --recipe mae --model vit_base_patch16_224 --global-batch 4096``
-    Expected cost: 1.7 times FastMIM's an epoch at 128 px (ViT-B, multiply-accumulates). Status: the paper's rows are
-    not measured here; steps of ViT-S are, in ``results/methods.csv``.
+    Expected cost: 1.7 times FastMIM's an epoch at 128 px (ViT-B, multiply-accumulates). Status: not measured
+    here; ``fastmim bench`` measures its steps.
 
     Differs from the paper: the class token takes no part in the decoder, and positions are as timm's network has them.
     For ViT and its relatives; networks with convolutions or windows cannot drop patches, and take

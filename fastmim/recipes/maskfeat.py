@@ -11,8 +11,7 @@ def maskfeat() -> Config:
     in rectangles by a learnt token, HOG of 9 bins in cells of 8 px, a linear layer, squared error, AdamW with 1e-4 per
     256 images, betas 0.9 and 0.999, weight decay 0.05, gradients clipped at 0.02.
     Command: ``fastmim pretrain IMAGES --recipe maskfeat --model vit_base_patch16_224 --global-batch 2048``
-    Expected cost: that of SimMIM at 224 px. Status: the paper's rows are not measured here; steps of ViT-S are, in
-    ``results/methods.csv``.
+    Expected cost: that of SimMIM at 224 px. Status: not measured here; ``fastmim bench`` measures its steps.
 
     Differs from the paper: HOG without a Gaussian window, as in FastMIM; rectangles are drawn at once, not one after
     another.

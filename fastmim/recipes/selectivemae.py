@@ -13,7 +13,7 @@ def selectivemae() -> Config:
     patch.
     Command: ``fastmim pretrain IMAGES --recipe selectivemae --model vit_large_patch16_224 --global-batch 2048``
     Expected: the authors report more than twice MAE's speed, part of which comes from leaving out images, which
-    ``fastmim select`` does. Status: steps of ViT-S are measured in ``results/methods.csv``, accuracies are not.
+    ``fastmim select`` does. Status: not measured here; ``fastmim bench`` measures its steps.
 
     Differs from the paper: the exact course of the curriculum is ours, see ``fastmim.mim.selective``.
     """
