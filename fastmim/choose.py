@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from fastmim.backbones.hiding import whole_network
 from fastmim.config import Config
 from fastmim.data.loader import EvalLoader
 from fastmim.data.table import WHOLE, ImageTable
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.run_images import find_images, plain_pictures, split
-from fastmim.run_network import bare_network, trained_model, whole_network
+from fastmim.run_network import bare_network, trained_model
 from fastmim.tasks.pretrain import viewable
 from fastmim.tasks.selection import Selector
 from fastmim.train.checkpoint import write_file

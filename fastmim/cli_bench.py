@@ -9,9 +9,7 @@ from pydantic import BeforeValidator, Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
-from fastmim.config import MethodConfig, Section
-
-INTERRUPTED = 130
+from fastmim.config import MethodConfig, Section, listed
 
 
 def _methods(value: Any) -> Any:
@@ -19,12 +17,8 @@ def _methods(value: Any) -> Any:
     return re.split(r",\s*(?=[A-Za-z])", value) if isinstance(value, str) else value
 
 
-def _sizes(value: Any) -> Any:
-    return value.strip("[]() ").split(",") if isinstance(value, str) else value
-
-
 Methods = Annotated[tuple[str, ...], BeforeValidator(_methods)]
-Sizes = Annotated[tuple[Annotated[int, Field(ge=8)], ...], BeforeValidator(_sizes)]
+Sizes = Annotated[tuple[Annotated[int, Field(ge=8)], ...], BeforeValidator(listed)]
 
 
 class Bench(Section):
@@ -65,6 +59,7 @@ class Bench(Section):
 def bench(words: dict[str, Any]) -> int:
     """Prints the tables, and where the picture is."""
     options = build(Bench, words, "bench")
+    from fastmim import cli
     from fastmim.speed.compare import bench as compare
     from fastmim.speed.page import lines
 
@@ -73,4 +68,4 @@ def bench(words: dict[str, Any]) -> int:
     print(f"\n{result.folder / 'bench.png'}\n{result.folder / 'bench.csv'}")
     if result.interrupted:
         print("fastmim: interrupted; what was measured until then is above", file=sys.stderr)
-    return INTERRUPTED if result.interrupted else 0
+    return cli.INTERRUPTED if result.interrupted else cli.OK

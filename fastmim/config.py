@@ -25,7 +25,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-def _numbers(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """``0.5,0.4,0.4``, as a command line gives it, as a list."""
     return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
@@ -49,12 +49,12 @@ def _scales(value: Any) -> Any:
     if not isinstance(value, str) or value in ("stages", "localmim"):
         return value
     try:
-        return [int(number) for number in value.strip("[]() ").split(",")]
+        return [int(number) for number in listed(value)]
     except ValueError:
         raise ValueError("scales are stages, localmim, or numbers of maps as 1,3,-3,-1") from None
 
 
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(listed)]
 Phases = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_phases)]
 Scales = Annotated[Literal["stages", "localmim"] | tuple[int, ...], BeforeValidator(_scales)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import build
-from fastmim.backbones.hiding import HidingBackbone, backbone_side
+from fastmim.backbones.hiding import HidingBackbone, backbone_side, whole_network
 from fastmim.config import Config, update
 from fastmim.errors import UserError
 from fastmim.export import export_state, export_timm
@@ -108,13 +108,6 @@ def bare_network(mim: MaskedImageModel) -> Network:
     """The network of a model, without its way of hiding."""
     assert isinstance(mim.backbone, HidingBackbone)
     return mim.backbone.backbone
-
-
-def whole_network(backbone: Network, resolution: int) -> Network:
-    """The network for whole images of ``resolution`` pixels: itself, or a copy where it was built for others."""
-    if not hasattr(backbone, "at") or backbone.resolution == resolution:
-        return backbone
-    return backbone.at(resolution)
 
 
 def export_network(run: Run, backbone: Network, folder: Path) -> Path:

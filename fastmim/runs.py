@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmim import recipes
 from fastmim.backbones.adapter import build
-from fastmim.backbones.hiding import require_backbone
+from fastmim.backbones.hiding import require_backbone, whole_network
 from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
 from fastmim.data.loader import EvalLoader
@@ -28,7 +28,6 @@ from fastmim.run_images import (
     crop_place,
     eval_loader,
     find_images,
-    phases,
     split,
     training_loader,
     training_pictures,
@@ -42,7 +41,6 @@ from fastmim.run_network import (
     export_network,
     trained_network,
     untrained_network,
-    whole_network,
     with_micro_batch,
 )
 from fastmim.seeding import derive
@@ -251,7 +249,7 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
     course = Plan(
         optim=config.optim,
         steps=steps,
-        phases=phases(config, steps, here.world),
+        phases=loader.phases,
         images=len(train),
         log_every=system.log_every,
         eval_steps=max(1, math.ceil(system.eval_every * steps)) if unseen or labels else 0,

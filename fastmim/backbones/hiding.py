@@ -149,6 +149,13 @@ def backbone_side(resolution: int, how: str) -> int:
     return resolution // 2
 
 
+def whole_network(backbone: Any, resolution: int) -> Any:
+    """The network for whole images of ``resolution`` pixels: itself, or a copy where it was built for others."""
+    if not hasattr(backbone, "at") or backbone.resolution == resolution:
+        return backbone
+    return backbone.at(resolution)
+
+
 def require_backbone(network: nn.Module) -> None:
     """Check that a network of the user's own has the three members of `Backbone`.
 

@@ -91,14 +91,14 @@ class TrainLoader:
                 )
         table = pictures.table
         self.pictures, self.workers, self.on_device = pictures, workers, crop_on == "device"
-        self._phases = tuple(phases)
+        self.phases = tuple(phases)
         self._windows = None if window is None else WindowedOrder(table, seed, window)
         self._order = Order(len(table), seed, self._windows)
         self._global_batch = global_batch
         self._share = global_batch // world_size
         self._first = rank * self._share
         side = pictures.side if self.on_device else None
-        self._slots = _slots(self._phases, workers)
+        self._slots = _slots(self.phases, workers)
         self._longest = max(_bytes(phase, side, pictures) for phase in phases)
         self._samples = TrainSamples(pictures, crop_scale, flip, seed, side, None)
         self._device = torch.device(device)
@@ -162,7 +162,7 @@ class TrainLoader:
         """The work of this rank, batch by batch, cut so that all workers share a batch."""
         numbers = itertools.count()
         for step in itertools.count(start_step):
-            phase = [phase for phase in self._phases if phase.begin <= step][-1]
+            phase = [phase for phase in self.phases if phase.begin <= step][-1]
             start = step * self._global_batch + self._first
             self._announce(start)
             for first in range(start, start + self._share, phase.micro_batch):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-training as a Task: a backbone, what is hidden of an image, and what is predicted of it."""
 
-import copy
 import math
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from fastmim.backbones.adapter import Backbone, Stage
-from fastmim.backbones.hiding import HidingBackbone
+from fastmim.backbones.hiding import HidingBackbone, whole_network
 from fastmim.backbones.resizing import Carry
 from fastmim.config import Config
 from fastmim.data.labelled import Labelled
@@ -158,11 +157,8 @@ class Pretrain(nn.Module):
         """Features of whole images, at the size of this phase."""
         data = self.config.data
         assert data.mean is not None and data.std is not None
-        network = self.hiding.backbone
-        if self.hiding.how == "compact" and hasattr(network, "resize"):
-            # It is trained on images of half the side, and its weights may be of that size.
-            network = copy.deepcopy(network)
-            network.resize(loader.resolution)
+        # A network that sees compact images is built for half the side.
+        network = whole_network(self.hiding.backbone, loader.resolution)
         return features(network, loader, self.mim.mean.device, data.mean, data.std)
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -51,7 +51,6 @@ def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
     stages = tuple(Stage(one.channels, min(one.stride, finest)) for one in backbone.stages)
     stride = stages[-1].stride
     cell = method.cell or (_hog_cell(block, stride) if method.target.startswith("hog") else min(stride, block))
-    chosen = {"block": block, "cell": cell, "decoder_dim": method.decoder_dim, "decoder_depth": method.decoder_depth}
     if method.scales is None and (block % cell or (cell % stride and stride % cell)):
         raise UserError(
             f"cells of {cell} px do not divide blocks of {block} px and fit the network's stride of {stride};"
@@ -62,9 +61,11 @@ def _method(config: Config, backbone: Backbone) -> dict[str, Any]:
     _check_ratios(method, block, min(sizes))
     _check_decoder(method, block, max(one.stride for one in (stages if method.scales else stages[-1:])))
     dim, depth = default_size(stage.channels, hierarchical=stage.stride > 16)
-    chosen["decoder_dim"] = method.decoder_dim or dim
-    chosen["decoder_depth"] = method.decoder_depth or (1 if method.scales else depth)
-    return chosen
+    size = {
+        "decoder_dim": method.decoder_dim or dim,
+        "decoder_depth": method.decoder_depth or (1 if method.scales else depth),
+    }
+    return {"block": block, "cell": cell, **size}
 
 
 def _checked_block(method: MethodConfig, stage: Stage, sizes: list[int]) -> int:
