@@ -17,16 +17,17 @@ from pydantic.fields import FieldInfo
 from tyro.conf import Positional, Suppress, arg
 
 from fastmim.config import (
-    SECTIONS,
     WORDS,
     Config,
     DataConfig,
     MethodConfig,
     OptimConfig,
+    PretrainSystemConfig,
+    RunConfig,
     Section,
-    SystemConfig,
     locate,
     nearest,
+    sections,
 )
 from fastmim.errors import UserError
 
@@ -78,7 +79,7 @@ class Resume(Section):
     data: Suppress[DataConfig] = DataConfig()
     method: Suppress[MethodConfig] = MethodConfig()
     optim: Suppress[OptimConfig] = OptimConfig()
-    system: SystemConfig = SystemConfig()
+    system: PretrainSystemConfig = PretrainSystemConfig()
 
 
 class Probe(Section):
@@ -197,13 +198,13 @@ def read_words(schema: type[Section], argv: list[str]) -> dict[str, Any]:
 def _find(key: str, known: Mapping[str, FieldInfo]) -> tuple[str, bool]:
     """The field that a key names, and whether it is said with ``no-`` before it."""
     name = key.replace("-", "_")
-    for candidate in (name, WORDS.get(name, "")):
+    for candidate in (*WORDS.get(name, ()), name):
         if candidate in known:
             return candidate, False
     switched = name.removeprefix("no_")
     if switched != name and switched in known and known[switched].annotation is bool:
         return switched, True
-    typed = {field: word for word, field in WORDS.items()}
+    typed = {field: word for word, fields in WORDS.items() for field in fields}
     raise UserError(f"unknown option '{key}'{nearest(key, [typed.get(field, field) for field in known])}")
 
 
@@ -301,7 +302,7 @@ _Dumper.add_representer(
 )
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, schema: type[RunConfig] = Config) -> dict[str, Any]:
     """The options in a YAML file, nested in sections or flat; an empty file holds none.
 
     Raises:
@@ -325,8 +326,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: holds a {type(tree).__name__}, but needs options as 'name: value' lines")
     seen: set[str] = set()
     for word, value in tree.items():
-        for name in value if word in SECTIONS and isinstance(value, dict) else [word]:
-            _, field = locate(name)
+        for name in value if word in sections(schema) and isinstance(value, dict) else [word]:
+            _, field = locate(name, schema=schema)
             if field in seen:
                 raise UserError(f"{path}: '{name}' is set twice, on its own and in a section or in two spellings")
             seen.add(field)
@@ -350,8 +351,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: nested too deeply") from None
 
 
-def dump_yaml(value: Config | Mapping[str, Any]) -> str:
+def dump_yaml(value: RunConfig | Mapping[str, Any]) -> str:
     """YAML text that ``read_yaml`` reads back to the same values; a config is written in its four sections."""
-    if isinstance(value, Config):
+    if isinstance(value, RunConfig):
         return yaml.dump(value.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
     return yaml.dump(value, Dumper=_Dumper, default_flow_style=True).strip()

@@ -17,7 +17,7 @@ from tyro.conf import Positional
 import fastmim
 from fastmim.cli import COMMANDS, finished, main
 from fastmim.cli_options import leaves
-from fastmim.config import Config, SystemConfig, option_words
+from fastmim.config import Config, PretrainSystemConfig, option_words
 
 ROOT = Path(fastmim.__file__).parents[1]
 COMMAND = [sys.executable, "-m", "fastmim"]
@@ -88,7 +88,7 @@ def test_help_shows_what_the_command_reads(name: str, capsys: pytest.CaptureFixt
     assert main([name, "--help"]) == 0
     drawn = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]*)", capsys.readouterr().out)) - {"help", "config"}
     schema = COMMANDS[name].schema
-    fields = {"epochs": None, **leaves(SystemConfig)} if name == "resume" else leaves(schema)
+    fields = {"epochs": None, **leaves(PretrainSystemConfig)} if name == "resume" else leaves(schema)
     known = {word for word, field in fields.items() if field is None or Positional not in field.metadata}
     assert drawn == {word.replace("_", "-") for word in known} - {"config"}
     assert all(field.description for field in leaves(schema).values())

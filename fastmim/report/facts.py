@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from fastmim import recipes
-from fastmim.config import WORDS, Config
+from fastmim.config import Config
 from fastmim.report.curves import is_number
 from fastmim.report.folder import Record, RunFolder
 
@@ -218,7 +218,7 @@ def rerun_command(config: Config) -> str:
     for section, defaults in base.model_dump().items():
         chosen = getattr(config, section).model_dump()
         for name, default in defaults.items():
-            if chosen[name] != default and name not in {*PLACE, "recipe", *WORDS.values()}:
+            if chosen[name] != default and name not in {*PLACE, "recipe", "paths"}:
                 lines.append(_flag(name, chosen[name]))
     # After "--" a path is a path, even when it looks like an option.
     lines.append(["--", *config.data.paths])
