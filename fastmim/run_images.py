@@ -3,20 +3,23 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-from fastmim.config import Config, update
+from fastmim.config import Config, ConfigT, RunConfig, update
 from fastmim.data.cache import SHARE, SquareCache
 from fastmim.data.inspection.statistics import measure
 from fastmim.data.loader import EvalLoader, Phase, TrainLoader
+from fastmim.data.order import Sample
 from fastmim.data.pictures import Pictures
 from fastmim.data.prepared.shard_cache import ShardCache
 from fastmim.data.prepared.shards import load_sums
 from fastmim.data.read import is_remote
+from fastmim.data.samples import Augment
 from fastmim.data.sources.scan import first_look, scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
@@ -58,7 +61,7 @@ def find_images(config: Config) -> ImageTable:
     return table
 
 
-def with_statistics(config: Config, table: ImageTable) -> Config:
+def with_statistics(config: ConfigT, table: ImageTable) -> ConfigT:
     """The configuration with mean and std: ImageNet's for 8-bit colour, else measured on the images themselves."""
     data = config.data
     if data.mean is not None and data.std is not None:
@@ -78,12 +81,12 @@ def split(config: Config, table: ImageTable) -> tuple[list[int], list[int]]:
     return np.setdiff1d(np.arange(len(table)), held_out, assume_unique=True).tolist(), held_out.tolist()
 
 
-def plain_pictures(config: Config, table: ImageTable) -> Pictures:
+def plain_pictures(config: RunConfig, table: ImageTable) -> Pictures:
     """Pictures to look at now and then, without a cache."""
     return Pictures(table, config.data.channels, config.data.values == "raw", shards=_shard_cache(config, table))
 
 
-def training_pictures(config: Config, table: ImageTable, folder: Path, here: Ranks) -> Pictures:
+def training_pictures(config: RunConfig, table: ImageTable, folder: Path, here: Ranks) -> Pictures:
     """Pictures to train on, of which squares are kept if the options say so."""
     data = config.data
     cache = None
@@ -101,13 +104,13 @@ def training_pictures(config: Config, table: ImageTable, folder: Path, here: Ran
     return Pictures(table, data.channels, data.values == "raw", cache, _shard_cache(config, table))
 
 
-def crop_place(config: Config, pictures: Pictures, device: torch.device) -> str:
+def crop_place(config: RunConfig, pictures: Pictures, device: torch.device) -> str:
     """Where crops are cut."""
     chosen = "device" if device.type == "cuda" and pictures.side is not None else "cpu"
     return config.data.crop_on or chosen
 
 
-def phases(config: Config, steps: int, world: int) -> list[Phase]:
+def phases(config: RunConfig, steps: int, world: int) -> list[Phase]:
     """Sizes of crops and micro-batches over a run of ``steps`` steps, of a resolved configuration.
 
     The micro-batch of the first phase shrinks as the images' area grows, so that memory stays bounded; it divides what
@@ -126,9 +129,16 @@ def phases(config: Config, steps: int, world: int) -> list[Phase]:
 
 
 def training_loader(
-    config: Config, pictures: Pictures, steps: int, device: torch.device, here: Ranks, bad_log: Path | None
+    config: RunConfig,
+    pictures: Pictures,
+    steps: int,
+    device: torch.device,
+    here: Ranks,
+    bad_log: Path | None,
+    augment: Augment | None = None,
+    order: Callable[[int], Sample] | None = None,
 ) -> TrainLoader:
-    """The stream of batches of a resolved configuration."""
+    """The stream of batches of a resolved configuration; the last two are `TrainLoader`'s."""
     data, optim = config.data, config.optim
     assert optim.global_batch is not None and data.crop_on is not None
     return TrainLoader(
@@ -144,17 +154,19 @@ def training_loader(
         device=device,
         crop_on=data.crop_on,
         window=data.shuffle_shards if pictures.shards is not None else None,
+        augment=augment,
+        order=order,
         max_bad=data.max_bad,
         bad_log=bad_log,
     )
 
 
-def eval_loader(config: Config, table: ImageTable) -> EvalLoader:
+def eval_loader(config: RunConfig, table: ImageTable) -> EvalLoader:
     """Every image of ``table`` once, whole."""
     return EvalLoader(plain_pictures(config, table), resolution=config.data.resolution, batch_size=64)
 
 
-def _shard_cache(config: Config, table: ImageTable) -> ShardCache | None:
+def _shard_cache(config: RunConfig, table: ImageTable) -> ShardCache | None:
     """Local copies of shards, where they lie in an object store."""
     if table.squares is None or not is_remote(table.containers[0]):
         return None
@@ -164,7 +176,9 @@ def _shard_cache(config: Config, table: ImageTable) -> ShardCache | None:
     return ShardCache(folder, int(system.shard_cache_gb * 1e9), load_sums(table))
 
 
-def waiting_remedy(config: Config, pictures: Pictures, workers: int, device: torch.device, images_per_s: float) -> str:
+def waiting_remedy(
+    config: RunConfig, pictures: Pictures, workers: int, device: torch.device, images_per_s: float
+) -> str:
     """What would make images come faster, most fitting first.
 
     Args:

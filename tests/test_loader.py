@@ -64,7 +64,8 @@ def stream(files: ImageTable) -> list[Batch]:
 
 def test_a_batch(stream: list[Batch]) -> None:
     for batch in stream:
-        assert batch.keys() == {"images", "keys"}
+        assert batch.keys() == {"images", "keys", "indices"}
+        assert batch["indices"].shape == (4,) and batch["indices"].dtype == torch.int64
         assert batch["images"].shape == (4, 3, 32, 32) and batch["images"].dtype == torch.uint8
         assert batch["images"].is_contiguous()
         assert batch["keys"].shape == (4,) and batch["keys"].dtype == torch.int64

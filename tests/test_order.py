@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastmim.data.order import Order, WindowedOrder, permutation
+from fastmim.data.order import BalancedOrder, Order, WindowedOrder, permutation
 from fastmim.data.table import ImageTable
 
 
@@ -65,3 +65,21 @@ def test_a_window_mixes_its_shards() -> None:
     rows = WindowedOrder(table, 0, 16)(0)
     neighbours = (table.container[rows[1:]] == table.container[rows[:-1]]).mean()
     assert abs(neighbours - 1 / 16) < 0.03  # two images in a row are of one shard as often as chance has it
+
+
+def test_balanced_classes_are_drawn_equally_often_and_no_sample_twice() -> None:
+    labels = [0] * 3 + [1] * 11 + [2] * 21
+    order = BalancedOrder(labels, seed=4)
+    epochs = 30
+    samples = [order(position) for position in range(epochs * len(labels))]
+    assert len(set(samples)) == len(samples)
+    for epoch in range(epochs):
+        drawn = Counter(labels[index] for _, index in samples[epoch * 35 : (epoch + 1) * 35])
+        assert set(drawn.values()) <= {11, 12}
+    assert max(Counter(labels[index] for _, index in samples).values()) == epochs * 35 // 3
+    # Rounds: every image of a class once before any comes twice.
+    for label in range(3):
+        members = labels.count(label)
+        counts = Counter(turn for turn, index in samples if labels[index] == label)
+        assert all(count == members for turn, count in counts.items() if turn < max(counts))
+    assert order(0) == BalancedOrder(labels, seed=4)(0) and BalancedOrder(labels, seed=5)(0) != order(0)

@@ -8,7 +8,7 @@ follows from (seed, epoch, index). So batches are the same with any number of wo
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,10 @@ from torch.utils.data import Dataset
 from fastmim.data.augment import centre_box
 from fastmim.data.bad import MEND, BadImages
 from fastmim.data.device_crop import crop_squares
-from fastmim.data.order import Order, WindowedOrder
+from fastmim.data.order import Order, Sample, WindowedOrder
 from fastmim.data.pictures import Pictures
 from fastmim.data.read import BadImage
-from fastmim.data.samples import Piece, TrainSamples
+from fastmim.data.samples import Augment, Piece, TrainSamples
 from fastmim.data.transfer import Transfer
 from fastmim.data.workers import AHEAD, METHOD, Ring, work
 from fastmim.seeding import derive
@@ -58,6 +58,8 @@ class TrainLoader:
         device: where batches are wanted.
         crop_on: "device" hands whole squares over, of which ``device`` cuts the crops; pictures must be squares then.
         window: mix only this many shards at a time (for shards in an object store); all images when not given.
+        augment: what else is done to each crop; only where crops are cut on the CPU.
+        order: position in the stream to sample; every image once an epoch in a random order when not given.
         max_bad: share of the images that may be unreadable.
         bad_log: CSV file (path, reason) that lists each unreadable image once, over all sittings.
 
@@ -80,6 +82,8 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         crop_on: Literal["cpu", "device"] = "cpu",
         window: int | None = None,
+        augment: Augment | None = None,
+        order: Callable[[int], Sample] | None = None,
         max_bad: float = 0.05,
         bad_log: Path | None = None,
     ) -> None:
@@ -93,14 +97,14 @@ class TrainLoader:
         self.pictures, self.workers, self.on_device = pictures, workers, crop_on == "device"
         self.phases = tuple(phases)
         self._windows = None if window is None else WindowedOrder(table, seed, window)
-        self._order = Order(len(table), seed, self._windows)
+        self._order = order or Order(len(table), seed, self._windows)
         self._global_batch = global_batch
         self._share = global_batch // world_size
         self._first = rank * self._share
         side = pictures.side if self.on_device else None
         self._slots = _slots(self.phases, workers)
         self._longest = max(_bytes(phase, side, pictures) for phase in phases)
-        self._samples = TrainSamples(pictures, crop_scale, flip, seed, side, None)
+        self._samples = TrainSamples(pictures, crop_scale, flip, seed, side, None, augment)
         self._device = torch.device(device)
         mend = MEND if table.squares is None else "delete their shards and run their fastmim prepare again"
         self._bad = BadImages(len(table), max_bad, bad_log, mend)
@@ -109,7 +113,8 @@ class TrainLoader:
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Endless micro-batches on the device, from the first one of ``start_step``.
 
-        Each is {"images": UInt8["B C S S"] (or Float32, where pictures are raw), "keys": Int64["B"]}; there are
+        Each is {"images": UInt8["B C S S"] (or Float32, where pictures are raw), "keys": Int64["B"], "indices":
+        Int64["B"]}: ``indices`` are places among the pictures, of those that were read. There are
         ``global_batch / micro_batch / world_size`` in a step.
 
         Raises:
@@ -121,7 +126,7 @@ class TrainLoader:
                 images = crop_squares(images, batch["boxes"], batch["mirror"], resolution)
             elif images.device.type == "cpu":
                 images = images.clone()  # workers will use its memory again
-            yield {"images": images, "keys": batch["keys"]}
+            yield {"images": images, "keys": batch["keys"], "indices": batch["indices"]}
 
     def handed_over(self, start_step: int) -> Iterator[tuple[int, Batch]]:
         """The crops' side and the batch as the workers make it: where ``on_device``, squares, boxes and mirroring.
@@ -152,7 +157,9 @@ class TrainLoader:
             images = torch.cat([part["images"] for part in parts])
         else:
             images = ring.view(parts[0]["number"], parts[0]["shape"], self.pictures.dtype)
-        found = {"images": images, "keys": torch.tensor([key for part in parts for key in part["keys"]])}
+        found = {"images": images}
+        for name in ("keys", "indices"):
+            found[name] = torch.tensor([number for part in parts for number in part[name]])
         if self.on_device:
             found["boxes"] = torch.tensor([box for part in parts for box in part["boxes"]])
             found["mirror"] = torch.tensor([mirror for part in parts for mirror in part["mirror"]])

@@ -7,7 +7,7 @@ because a prepared shard holds one of every so many images of the source: someth
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -49,6 +49,45 @@ def permutation(count: int, seed: int, epoch: int, purpose: str = "order") -> In
     """
     numbers = np.random.Philox(derive(seed, purpose, epoch)).random_raw(count)
     return np.argsort(numbers, kind="stable")
+
+
+class BalancedOrder:
+    """Where a position of the endless stream lies, if every class is drawn equally often, however many images it has.
+
+    An epoch has as many draws as there are images. Of a class its images come in random orders, one round after
+    another, which go on from epoch to epoch: so a large class is visited as a whole in time, and what stands for the
+    epoch in a sample is its round, so that no sample comes twice.
+
+    Args:
+        labels: the class of each image, from 0; no class is empty.
+        seed: what the order follows from.
+    """
+
+    def __init__(self, labels: Sequence[int], seed: int) -> None:
+        self.seed, self.count = seed, len(labels)
+        every = np.asarray(labels)
+        self._members = [np.flatnonzero(every == label) for label in range(int(every.max()) + 1)]
+        self._samples = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __call__(self, position: int) -> Sample:
+        """The (round, index) of the sample at ``position``."""
+        epoch, place = divmod(position, self.count)
+        return self._samples(epoch)[place]
+
+    def _draw(self, epoch: int) -> list[Sample]:
+        drawn: list[Sample] = []
+        for label, members in enumerate(self._members):
+            begin, end = self._until(label, epoch), self._until(label, epoch + 1)
+            for turn in range(begin // len(members), (end - 1) // len(members) + 1):
+                order = members[permutation(len(members), derive(self.seed, "balanced", label), turn)]
+                first = turn * len(members)
+                drawn += [(turn, int(index)) for index in order[max(0, begin - first) : end - first]]
+        return [drawn[place] for place in permutation(self.count, self.seed, epoch)]
+
+    def _until(self, label: int, epoch: int) -> int:
+        """Draws of a class before an epoch begins; what classes do not share evenly goes to others each time."""
+        each, left = divmod(self.count, len(self._members))
+        return epoch * each + int(((label + np.arange(epoch)) % len(self._members) < left).sum())
 
 
 class WindowedOrder:

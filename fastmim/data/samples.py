@@ -36,12 +36,25 @@ class Piece(NamedTuple):
     samples: tuple[Sample, ...]
 
 
+# A crop of 8-bit colours, "C S S", and the seed of all that is random about it, to another of the same shape.
+Augment = Callable[[Tensor, int], Tensor]
+
+
 class Cut(NamedTuple):
     """How a picture is cropped."""
 
     choose: Callable[[int, int], Box]
     """The box of a picture of (width, height)."""
     mirror: bool
+
+
+class _Made(NamedTuple):
+    """A sample as it came about."""
+
+    place: int
+    """Index of the image that was read: of another one, where the sample's own is bad."""
+    box: tuple[float, ...]
+    """Of a square; empty for a crop."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class TrainSamples(Dataset[Any]):
         seed: what everything random follows from.
         side: of the squares that are handed over whole, with their boxes; None to hand crops over.
         ring: where pixels are written; None to return them (where memory cannot be shared).
+        augment: what else is done to each crop; not with ``side``.
     """
 
     pictures: Pictures
@@ -63,6 +77,7 @@ class TrainSamples(Dataset[Any]):
     seed: int
     side: int | None
     ring: Ring | None
+    augment: Augment | None = None
 
     def __getitems__(self, piece: Piece) -> dict[str, Any]:
         pictures, size, count = self.pictures, self.side or piece.resolution, len(piece.samples)
@@ -74,21 +89,25 @@ class TrainSamples(Dataset[Any]):
             batch = self.ring.view(piece.number, (piece.rows, *one), pictures.dtype)
             images = batch[piece.row : piece.row + count]
         bad: list[tuple[str, str]] = []
-        boxes: list[tuple[float, ...] | None] = []
+        made: list[_Made | None] = []
         cuts = [self.cut(*sample) for sample in piece.samples]
         for image, sample, cut in zip(images, piece.samples, cuts, strict=True):
-            boxes.append(self._fill(image, sample, cut, bad))
+            made.append(self._fill(image, sample, cut, bad))
+        filled = [
+            one or _Made(sample[1], (0.0, 0.0, 1.0, 1.0)) for one, sample in zip(made, piece.samples, strict=True)
+        ]
         answer: dict[str, Any] = {
             "number": piece.number,
             "shape": (piece.rows, *one),
             "resolution": piece.resolution,
             "last": piece.row + count == piece.rows,
             "keys": [derive(self.seed, "key", epoch, index) for epoch, index in piece.samples],
+            "indices": [one.place for one in filled],
             "bad": bad,
-            "complete": None not in boxes,
+            "complete": None not in made,
         }
         if self.side:
-            answer |= {"boxes": [box or (0.0, 0.0, 1.0, 1.0) for box in boxes], "mirror": [cut.mirror for cut in cuts]}
+            answer |= {"boxes": [one.box for one in filled], "mirror": [cut.mirror for cut in cuts]}
         return answer if self.ring is not None else answer | {"images": images}
 
     def cut(self, epoch: int, index: int) -> Cut:
@@ -99,17 +118,13 @@ class TrainSamples(Dataset[Any]):
 
     def _fill(
         self, image: Num[Tensor, "_ _ _"], sample: Sample, cut: Cut, bad: list[tuple[str, str]]
-    ) -> tuple[float, ...] | None:
-        """Write the sample into ``image``, or another one in its place if it is bad.
-
-        Returns:
-            Its box (empty for a crop); None if no other can be read either.
-        """
+    ) -> "_Made | None":
+        """Write the sample into ``image``, or another one in its place if it is bad; None if none can be read."""
         epoch, index = sample
         chosen = index
         for attempt in range(ATTEMPTS):
             try:
-                return self._write(image, chosen, cut)
+                return _Made(chosen, self._write(image, chosen, cut, derive(self.seed, "augment", epoch, index)))
             except BadImage as error:
                 bad.append((self.pictures.table.path(chosen), error.reason))
             cut = self.cut(epoch, index)  # the same draws again, for a picture of another size
@@ -117,11 +132,12 @@ class TrainSamples(Dataset[Any]):
         image.zero_()  # the run ends with this; but no pixels of an earlier batch should be taken for it
         return None
 
-    def _write(self, image: Num[Tensor, "_ _ _"], index: int, cut: Cut) -> tuple[float, ...]:
+    def _write(self, image: Num[Tensor, "_ _ _"], index: int, cut: Cut, key: int) -> tuple[float, ...]:
         if self.side:
             width, height = self.pictures.square_into(index, image)
             return scaled(cut.choose(width, height), width, height, self.side)
         picture = self.pictures.open(index)
         pixels = picture.crop(cut.choose(picture.width, picture.height), image.shape[-1])
-        image.copy_(pixels.flip(2) if cut.mirror else pixels)
+        pixels = pixels.flip(2) if cut.mirror else pixels
+        image.copy_(self.augment(pixels, key) if self.augment is not None else pixels)
         return ()
