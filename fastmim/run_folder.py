@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastmim.config import Config, validate
+from fastmim.config import Config, DistillConfig, FinetuneConfig, RunConfig, TransferConfig, validate
 from fastmim.errors import UserError
 from fastmim.train.checkpoint import write_file
 
@@ -37,9 +37,37 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @property
+    def task(self) -> str:
+        """What kind of run it is: "pretrain", "finetune" or "distill"."""
+        return str(self._options.get("task", "pretrain"))
+
+    @property
     def config(self) -> Config:
-        """Every option as it was resolved."""
-        return validate(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), str(self.path))
+        """Every option of a pre-training run as it was resolved.
+
+        Raises:
+            UserError: it is a run of another kind.
+        """
+        if self.task != "pretrain":
+            raise UserError(f"{self.path} is a run of 'fastmim {self.task}'; a pre-training run is needed here")
+        return validate(self._options, str(self.path))
+
+    @property
+    def transfer(self) -> TransferConfig:
+        """Every option of a run that learnt from labels, as it was resolved.
+
+        Raises:
+            UserError: it is a pre-training run.
+        """
+        if self.task == "pretrain":
+            raise UserError(f"{self.path} is a pre-training run; fine-tune it first: fastmim finetune DATA {self.path}")
+        schema = DistillConfig if self.task == "distill" else FinetuneConfig
+        return validate(self._options, str(self.path), schema)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        return options
 
     @property
     def status(self) -> dict[str, Any]:
@@ -82,10 +110,14 @@ class Run:
 
 def default_folder(config: Config) -> Path:
     """``runs/pretrain/MODEL-DATA-001``, or the next free number."""
-    model = Path(config.method.model.removeprefix("local-dir:")).name
-    data = Path(config.data.paths[0]).resolve().name
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in f"{model}-{data}")
-    return free_folder(Path("runs/pretrain"), name)
+    return named_folder("pretrain", config.method.model.removeprefix("local-dir:"), config.data.paths[0])
+
+
+def named_folder(kind: str, model: str, data: str) -> Path:
+    """``runs/KIND/MODEL-DATA-001``, or the next free number."""
+    name = f"{Path(model).name}-{Path(data).resolve().name}"
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)
+    return free_folder(Path("runs") / kind, plain)
 
 
 def free_folder(parent: Path, name: str) -> Path:
@@ -137,11 +169,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: RunConfig) -> None:
     """config.yaml: what the run was given, with every open choice that matters resolved."""
     write_file(folder / "config.yaml", dump(config).encode())
 
 
-def dump(config: Config) -> str:
+def dump(config: RunConfig) -> str:
     """The options as YAML that ``--config`` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -84,6 +84,9 @@ class Pretrain(nn.Module):
         skip = {_HIDING + name for name in self.hiding.no_weight_decay()}
         return decay_groups(self.named_parameters(), weight_decay, skip)
 
+    def stepped(self) -> None:
+        """Nothing is kept besides the weights."""
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``val_loss`` and ``effective_rank`` on held-out images; ``knn`` and ``linear`` in percent with labels."""

@@ -41,7 +41,11 @@ class Task(Protocol):
         ...
 
     def param_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """Groups for the optimiser."""
+        """Groups for the optimiser; ``lr_scale`` of a group multiplies its learning rate."""
+        ...
+
+    def stepped(self) -> None:
+        """Called after each weight update."""
         ...
 
     def enter(self, phase: int) -> Carry:
@@ -155,6 +159,7 @@ class Fit:
         self.loss_sum = torch.zeros((), device=device)
         self.loss_steps = 0
         self.phase = 0
+        self.rate = 0.0  # of the last update
         self.optimizer = self._optimizer()
         self.start = self._restore()
         self.told = False
@@ -211,7 +216,7 @@ class Fit:
         total = self.plan.steps * self.plan.global_batch
         rate = learning_rate(step * self.plan.global_batch, total, self.peak, optim.warmup, optim.min_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(derive(optim.seed, "step", step, self.ranks.rank))  # dropout, drop path
         progress = torch.full((), step / self.plan.steps, device=self.device)
         accumulate = self.plan.global_batch // (self.plan.phases[self.phase].micro_batch * self.ranks.world)
@@ -225,7 +230,9 @@ class Fit:
             nn.utils.clip_grad_norm_(self.task.parameters(), optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.stepped()  # type: ignore[operator]
         self.loss_steps += 1
+        self.rate = rate
 
     def _enter(self, phase: int) -> None:
         """Goes over to another phase; the optimiser's moments change their shapes with the parameters."""
@@ -282,7 +289,7 @@ class Fit:
             "samples": step * plan.global_batch,
             "epoch": step * plan.global_batch / plan.images,
             "loss": loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.rate,
             "images_per_s": speed,
             "data_wait": waiting / seconds,
             "seconds": self.clock.total,

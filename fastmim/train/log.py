@@ -31,10 +31,13 @@ class RunLog:
         folder: the run folder.
         tensorboard: write events too.
         quiet: show nothing (ranks after the first).
+        title: of the progress bar.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = True, quiet: bool = False) -> None:
-        self.folder, self.quiet = folder, quiet
+    def __init__(
+        self, folder: Path, tensorboard: bool = True, quiet: bool = False, title: str = "pre-training"
+    ) -> None:
+        self.folder, self.quiet, self.title = folder, quiet, title
         self.console = Console(stderr=True, quiet=quiet, soft_wrap=True)
         self._live = self.console.is_terminal and not quiet
         self._wants_events = tensorboard
@@ -68,7 +71,7 @@ class RunLog:
 
             self._events = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
         if self._progress is not None:
-            self._bar = self._progress.add_task("pre-training", total=steps, completed=step, say="")
+            self._bar = self._progress.add_task(self.title, total=steps, completed=step, say="")
 
     def metrics(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same numbers as events."""
