@@ -15,6 +15,9 @@ _PUBLIC = {
     "pretrain": "fastmim.runs",
     "resume": "fastmim.runs",
     "probe": "fastmim.runs",
+    "finetune": "fastmim.transfer",
+    "distill": "fastmim.transfer",
+    "predict": "fastmim.predict",
     "select": "fastmim.choose",
     "scan": "fastmim.data.sources.scan",
     "prepare_images": "fastmim.data.prepared.prepare",
@@ -55,11 +58,14 @@ if TYPE_CHECKING:
     from fastmim.mim.targets import HOG as HOG
     from fastmim.mim.targets import HOGColour as HOGColour
     from fastmim.mim.targets import Pixels as Pixels
+    from fastmim.predict import predict as predict
     from fastmim.run_folder import Run as Run
     from fastmim.runs import pretrain as pretrain
     from fastmim.runs import probe as probe
     from fastmim.runs import resume as resume
     from fastmim.speed.compare import bench as bench
+    from fastmim.transfer import distill as distill
+    from fastmim.transfer import finetune as finetune
 
 
 def __getattr__(name: str) -> Any:

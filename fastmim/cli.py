@@ -41,6 +41,7 @@ from fastmim.cli_options import (
     read_words,
     read_yaml,
 )
+from fastmim.cli_transfer import Distill, Finetune, Predict, distill, finetune, predict
 from fastmim.config import Config, Section, locate, nearest, update
 from fastmim.errors import UserError
 
@@ -196,7 +197,14 @@ def finished(path: Path) -> int:
         return INTERRUPTED
     print(f"report:  {path / 'report.html'}")
     print(f"weights: {path / 'export' / 'timm'}")
-    print(f"probe:   fastmim probe {path} LABELLED_IMAGES")
+    if (path / "finetune.json").is_file():
+        result = json.loads((path / "finetune.json").read_text(encoding="utf-8"))
+        top = result["accuracy"]
+        print(f"result:  {top['top1']:.1f} % of {result['test']} images right ({top['low']:.1f} to {top['high']:.1f})")
+        print(f"use it:  fastmim predict {path} IMAGES")
+    else:
+        print(f"probe:   fastmim probe {path} LABELLED_IMAGES")
+        print(f"then:    fastmim finetune LABELLED_IMAGES {path}")
     return OK
 
 
@@ -309,6 +317,9 @@ COMMANDS = {
     "pretrain": Command(Pretrain, pretrain, "pretrain DATA..."),
     "probe": Command(Probe, probe, "probe RUN DATA"),
     "report": Command(Report, report, "report RUN..."),
+    "finetune": Command(Finetune, finetune, "finetune DATA RUN"),
+    "predict": Command(Predict, predict, "predict RUN IMAGES"),
+    "distill": Command(Distill, distill, "distill DATA RUN"),
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
     "select": Command(Select, select, "select RUN"),

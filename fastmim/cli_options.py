@@ -157,7 +157,7 @@ def leaves(schema: type[Section]) -> dict[str, FieldInfo]:
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found |= leaves(field.annotation)
-        else:
+        elif Suppress not in field.metadata:
             found[name] = field
     return found
 
@@ -326,6 +326,8 @@ def read_yaml(path: str, schema: type[RunConfig] = Config) -> dict[str, Any]:
         raise UserError(f"{path}: holds a {type(tree).__name__}, but needs options as 'name: value' lines")
     seen: set[str] = set()
     for word, value in tree.items():
+        if word == "task" and word in schema.model_fields:
+            continue
         for name in value if word in sections(schema) and isinstance(value, dict) else [word]:
             _, field = locate(name, schema=schema)
             if field in seen:

@@ -38,8 +38,9 @@ def export_timm(
     std: tuple[float, ...],
     card: Mapping[str, str],
     discarded: Sequence[str] = (),
+    classes: Sequence[str] = (),
 ) -> Path:
-    """Writes a timm hub folder that holds the pre-trained network without a head.
+    """Writes a timm hub folder that holds the pre-trained network without a head, or a fine-tuned one with its head.
 
     Args:
         architecture: a timm model name.
@@ -54,6 +55,7 @@ def export_timm(
         card: what README.md tells: a heading to a line of text; "license" is the licence of the weights.
         discarded: prefixes of the keys of layers that took no part in pre-training. Their weights may be missing: they
             keep timm's initial values, and README.md says so.
+        classes: names of what the head tells apart, in the order of its outputs; none where there is no head.
 
     Returns:
         ``folder``.
@@ -68,13 +70,13 @@ def export_timm(
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed the accelerators, which this fork does not put back.
         torch.default_generator.manual_seed(0)
-        model: TimmModel = timm.create_model(architecture, pretrained=False, num_classes=0, **args).eval()
+        model: TimmModel = timm.create_model(architecture, pretrained=False, num_classes=len(classes), **args).eval()
     initial = _fill(model, weights, resolution, len(mean), discarded)
     name = model.pretrained_cfg["architecture"]
     files: dict[str, bytes | str] = {
         _WEIGHTS: _packed(model.state_dict()),
-        _CONFIG: json.dumps(_config(model, args, resolution, mean, std), indent=2),
-        _README: _timm_readme(name, folder, card, initial, discarded),
+        _CONFIG: json.dumps(_config(model, args, resolution, mean, std, classes), indent=2),
+        _README: _timm_readme(name, folder, card, initial, discarded, len(classes)),
     }
     return _replace(folder, files)
 
@@ -107,19 +109,26 @@ def verify(
 
 
 def _config(
-    model: TimmModel, args: dict[str, Any], resolution: int, mean: tuple[float, ...], std: tuple[float, ...]
+    model: TimmModel,
+    args: dict[str, Any],
+    resolution: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     stock = model.pretrained_cfg
+    named = {"label_names": list(classes)} if classes else {}
     return {
         "architecture": stock["architecture"],
-        "num_classes": 0,
+        "num_classes": len(classes),
         "num_features": model.num_features,
         "model_args": args,
+        **named,
         "pretrained_cfg": {
             "input_size": [len(mean), resolution, resolution],
             "mean": list(mean),
             "std": list(std),
-            "num_classes": 0,
+            "num_classes": len(classes),
             "pool_size": None,
             **{key: stock[key] for key in _KEPT},
         },
@@ -201,9 +210,16 @@ def _replace(folder: Path, files: Mapping[str, bytes | str]) -> Path:
 
 
 def _timm_readme(
-    architecture: str, folder: Path, card: Mapping[str, str], initial: list[str], discarded: Sequence[str]
+    architecture: str,
+    folder: Path,
+    card: Mapping[str, str],
+    initial: list[str],
+    discarded: Sequence[str],
+    classes: int,
 ) -> str:
     name = folder.as_posix()
+    if classes:
+        return _classifier_readme(architecture, name, card, classes)
     untouched = _list("Not pre-trained", "Pre-training does not use these layers; they hold timm's start:", initial)
     fresh = (
         "Pre-training went without these layers, to save time. They are in their places with timm's start, as fresh as "
@@ -234,6 +250,24 @@ AutoModelForImageClassification.from_pretrained("{name}", num_labels=10, ignore_
 AutoImageProcessor.from_pretrained("{name}")
 ```
 {untouched}"""
+
+
+def _classifier_readme(architecture: str, name: str, card: Mapping[str, str], classes: int) -> str:
+    return f"""{_front(card, ["image-classification", "timm", "transformers", "fastmim"])}
+# {architecture}
+
+{_story(card, "Fine-tuned with labels, with fastmim.")}
+## Use
+
+```python
+import timm
+
+timm.create_model("local-dir:{name}", pretrained=True)                      # logits of {classes} classes
+timm.create_model("local-dir:{name}", pretrained=True, num_classes=0)       # pooled features
+```
+
+The names of the classes stand in `config.json` (`label_names`), in the order of the outputs.
+"""
 
 
 def _list(heading: str, text: str, names: Sequence[str]) -> str:
@@ -267,10 +301,9 @@ def _front(card: Mapping[str, str], tags: list[str]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _story(card: Mapping[str, str]) -> str:
+def _story(
+    card: Mapping[str, str], how: str = "Pre-trained without labels, by masked image modelling, with fastmim."
+) -> str:
     facts = "".join(f"- {heading}: {text}\n" for heading, text in card.items() if heading != "license")
     licence = card.get("license", "yours to choose; fastmim claims no rights in the weights that it trains")
-    return (
-        "Pre-trained without labels, by masked image modelling, with fastmim.\n\n"
-        f"{facts}\nLicence of these weights: {licence}.\n"
-    )
+    return f"{how}\n\n{facts}\nLicence of these weights: {licence}.\n"

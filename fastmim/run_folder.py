@@ -61,8 +61,9 @@ class Run:
         """
         if self.task == "pretrain":
             raise UserError(f"{self.path} is a pre-training run; fine-tune it first: fastmim finetune DATA {self.path}")
-        schema = DistillConfig if self.task == "distill" else FinetuneConfig
-        return validate(self._options, str(self.path), schema)
+        if self.task == "distill":
+            return validate(self._options, str(self.path), DistillConfig)
+        return validate(self._options, str(self.path), FinetuneConfig)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fastmim.backbones.adapter import build
 from fastmim.backbones.hiding import HidingBackbone, backbone_side, whole_network
-from fastmim.config import Config, update
+from fastmim.config import Config, ConfigT, RunConfig, update
 from fastmim.errors import UserError
 from fastmim.export import export_state, export_timm
 from fastmim.mim.model import MaskedImageModel
 from fastmim.run_folder import Run
 from fastmim.seeding import derive
-from fastmim.tasks.pretrain import Pretrain, build_mim
+from fastmim.tasks.pretrain import build_mim
 from fastmim.train.batch import find_micro_batch, free_memory
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.distributed import Ranks
@@ -130,13 +130,13 @@ def export_network(run: Run, backbone: Network, folder: Path) -> Path:
     )  # fmt: skip
 
 
-def count_steps(config: Config, images: int) -> int:
+def count_steps(config: RunConfig, images: int) -> int:
     """Weight updates of a run."""
     assert config.optim.global_batch is not None
     return max(1, round(config.optim.epochs * images / config.optim.global_batch))
 
 
-def with_micro_batch(config: Config, task: Pretrain, device: torch.device, here: Ranks) -> Config:
+def with_micro_batch(config: ConfigT, task: nn.Module, device: torch.device, here: Ranks) -> ConfigT:
     """The configuration with the largest micro-batch that fits the device."""
     assert config.optim.global_batch is not None
     data = config.data
@@ -145,7 +145,10 @@ def with_micro_batch(config: Config, task: Pretrain, device: torch.device, here:
     def example(count: int) -> dict[str, Tensor]:
         dtype = torch.float32 if data.values == "raw" else torch.uint8
         images = torch.zeros(count, data.channels, side, side, dtype=dtype, device=device)
-        return {"images": images, "keys": torch.arange(count, device=device)}
+        return {
+            "images": images,
+            **dict.fromkeys(("keys", "indices"), torch.zeros(count, dtype=torch.long, device=device)),
+        }
 
     size = find_micro_batch(task, example, config.optim.global_batch // here.world, device, free_memory(device))
     return update(config, {"micro_batch": size})

@@ -99,6 +99,10 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
         UserError: the images have changed since the run began, or an option changes what is learnt.
     """
     run = run if isinstance(run, Run) else Run(run)
+    if run.task != "pretrain":
+        from fastmim.transfer import resume_transfer
+
+        return resume_transfer(run, changes or {})
     config = _changed(run.config, changes or {})
     if run.status["state"] == "finished" and (run.path / "report.html").exists() and config == run.config:
         return run

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where weights come from: a run, timm, a folder, a released checkpoint, or nowhere; read in one way for all commands."""
+"""Where weights come from: a run, timm, a folder, a released checkpoint, or nowhere; read in one way for all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

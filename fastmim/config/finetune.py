@@ -4,7 +4,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from fastmim.config.parts import ImagesConfig, OptimConfig, RunConfig, Section
 
@@ -93,7 +93,7 @@ class TransferOptimConfig(OptimConfig):
 class FinetuneConfig(RunConfig):
     """A whole fine-tuning run."""
 
-    task: Literal["finetune"] = "finetune"
+    task: Suppress[Literal["finetune"]] = "finetune"
     """What kind of run this is."""
     data: LabelledDataConfig = LabelledDataConfig()
     method: ClassifyConfig = ClassifyConfig()
@@ -118,7 +118,7 @@ class DistillMethodConfig(ClassifyConfig):
 class DistillConfig(RunConfig):
     """A whole distillation run."""
 
-    task: Literal["distill"] = "distill"
+    task: Suppress[Literal["distill"]] = "distill"
     """What kind of run this is."""
     data: LabelledDataConfig = LabelledDataConfig()
     method: DistillMethodConfig = DistillMethodConfig()

@@ -82,11 +82,11 @@ def splits(
             image with two labels, or a list that names what is not there.
     """
     table, parts = _parts(path)
-    train: Classes
-    train, val, test = (dict(sorted(parts.get(name, {}).items())) for name in ("train", "val", "test"))
+    found: list[Classes] = [dict(sorted(parts.get(name, {}).items())) for name in ("train", "val", "test")]
+    train, val, test = found
     if len(train) < 2:
-        found = f"only {next(iter(train))!r}" if train else "none"
-        raise UserError(f"{path!r} needs at least two classes to learn from, but has {found}; {WANTED}")
+        only = f"only {next(iter(train))!r}" if train else "none"
+        raise UserError(f"{path!r} needs at least two classes to learn from, but has {only}; {WANTED}")
     _check_same_classes(path, train, {"val": val, "test": test})
     if folds is not None or not (val or test):
         if val or test:
@@ -151,7 +151,8 @@ def _held_out(
         how = f"{share:.0%} of each class held out, seed {seed}"
     else:
         how = f"fold {fold} of {folds} held out, seed {seed}"
-    train, test = {}, {}
+    train: dict[str, list[int]] = {}
+    test: dict[str, list[int]] = {}
     for label, (name, rows) in enumerate(every.items()):
         order = sorted(range(len(rows)), key=lambda place: derive(seed, "split", label, place))
         count = min(max(1, round(share * len(rows))), len(rows) - 1)

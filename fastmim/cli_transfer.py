@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastmim finetune``, ``distill`` and ``predict``: from labelled images to a classifier, and what it says."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
+from tyro.conf import Positional, arg
+
+from fastmim.cli_options import build, dump_yaml, read_yaml
+from fastmim.config import DistillConfig, FinetuneConfig, RunConfig, Section, TransferConfig, update
+from fastmim.errors import UserError
+from fastmim.recipes import finetune as recipes
+
+TransferT = TypeVar("TransferT", bound=RunConfig)
+
+
+class Finetune(FinetuneConfig):
+    """Train a classifier on your labels, from a run or any weights.
+
+    Measured on images that were kept apart, with intervals, a confusion matrix and the worst mistakes in the report.
+    Every option can also be written as epochs=10, or stand in a YAML file.
+    """
+
+    config: str | None = None
+    """A YAML file of options, nested or flat, such as the config.yaml of an earlier run."""
+    print_config: bool = False
+    """Print the options that would be used, as YAML for --config, and stop."""
+    dry_run: bool = False
+    """Look at the images and the weights, print what would happen, and stop."""
+
+
+class Distill(DistillConfig):
+    """Teach a small network what a fine-tuned run knows.
+
+    Plain distillation of logits with strong augmentation and a long schedule (VanillaKD); name the student by --model.
+    """
+
+    config: str | None = None
+    """A YAML file of options, nested or flat, such as the config.yaml of an earlier run."""
+    print_config: bool = False
+    """Print the options that would be used, as YAML for --config, and stop."""
+    dry_run: bool = False
+    """Look at the images and the networks, print what would happen, and stop."""
+
+
+class Predict(Section):
+    """Classify images with a fine-tuned run, into a CSV with probabilities."""
+
+    run: Positional[str]
+    """The folder of the fine-tuned run."""
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGES..."), Field(min_length=1)]]
+    """Folders, files, lists, archives or URLs."""
+    out: str = "predictions.csv"
+    """The table to write."""
+    device: str | None = None
+    """cuda, cuda:1, mps or cpu; the fastest there is when not given."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read images; from the cores when not given."""
+
+
+def finetune(words: dict[str, Any]) -> int:
+    """Prints the accuracy and where the report is."""
+    options = build(Finetune, _own(words, Finetune), "finetune")
+    name = _recipe(words, options.config, FinetuneConfig) or FinetuneConfig().method.recipe
+    config = _resolved(recipes.load(name), words, options.config)
+    if options.print_config:
+        print(dump_yaml(config), end="")
+        return 0
+    if config.data.folds is not None and config.data.fold is None and not options.dry_run:
+        return _folds(config)
+    return _run(config, options.dry_run)
+
+
+def distill(words: dict[str, Any]) -> int:
+    """Prints the accuracy and where the report is."""
+    options = build(Distill, _own(words, Distill), "distill")
+    name = _recipe(words, options.config, DistillConfig) or DistillConfig().method.recipe
+    config = _resolved(recipes.load_distill(name), words, options.config)
+    if options.print_config:
+        print(dump_yaml(config), end="")
+        return 0
+    if not config.method.teacher:
+        raise UserError("distill needs RUN, the fine-tuned run that teaches; see: fastmim distill --help")
+    if config.method.start == "scratch" and config.method.model is None:
+        raise UserError("distill needs --model, the student: a timm name, such as mobilenetv3_small_100")
+    return _run(config, options.dry_run)
+
+
+def predict(words: dict[str, Any]) -> int:
+    """Prints where the table is, and how often each class was named."""
+    options = build(Predict, words, "predict")
+    from fastmim.predict import predict as classify
+
+    found = classify(**options.model_dump())
+    for name, count in sorted(found.counts.items(), key=lambda pair: -pair[1])[:20]:
+        print(f"{count:8}  {name}")
+    print(f"{found.path}: {found.images} images" + (f", {len(found.bad)} cannot be read" if found.bad else ""))
+    return 0
+
+
+def _run(config: TransferConfig, dry_run: bool) -> int:
+    from fastmim import cli, transfer
+
+    if dry_run:
+        cli.print_fields(transfer.plan_transfer(config))
+        return cli.OK
+    return cli.finished(transfer.begin_run(config).path)
+
+
+def _folds(config: FinetuneConfig) -> int:
+    from fastmim import cli, transfer
+
+    folder, summary = transfer.cross_validate(config)
+    if not summary:
+        raise KeyboardInterrupt
+    folds, pooled = f"{summary['mean']:.1f} +- {summary['spread']:.1f} %", f"{summary['pooled']:.1f} %"
+    print(f"{len(summary['folds'])} folds: {folds}; all images together {pooled}")
+    print(folder / "folds.json")
+    return cli.OK
+
+
+def _own(words: dict[str, Any], schema: type[Section]) -> dict[str, Any]:
+    return {name: words.pop(name) for name in schema.__annotations__ if name in words}
+
+
+def _recipe(words: Mapping[str, Any], file: str | None, schema: type[RunConfig]) -> str | None:
+    written = read_yaml(file, schema) if file else {}
+    method = written.get("method")
+    name = words.get("recipe") or written.get("recipe") or (isinstance(method, dict) and method.get("recipe"))
+    return str(name) if name else None
+
+
+def _resolved(config: TransferT, words: Mapping[str, Any], file: str | None) -> TransferT:
+    """The recipe's options, changed by a YAML ``file``, changed by the ``words`` of the command line."""
+    if file:
+        written = {name: value for name, value in read_yaml(file, type(config)).items() if name != "task"}
+        config = update(config, written, file)
+    return update(config, words, "command line")

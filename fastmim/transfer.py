@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``finetune`` and ``distill``: from labelled images and a start to a classifier that is measured and handed over."""
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmim.config import DistillConfig, FinetuneConfig, TransferConfig, update
+from fastmim.data.pictures import Pictures
+from fastmim.data.sources.scan import first_look
+from fastmim.data.splits import Splits
+from fastmim.data.workers import lost_workers
+from fastmim.errors import UserError
+from fastmim.export import export_timm
+from fastmim.outcome import measure, write_outcome
+from fastmim.recipes import finetune as recipes
+from fastmim.report.page import write_report
+from fastmim.run_folder import Run, locked, named_folder, prepare_folder, write_config
+from fastmim.run_images import crop_place, training_loader, training_pictures, waiting_remedy
+from fastmim.run_network import count_steps, with_micro_batch
+from fastmim.tasks.classify import Classify
+from fastmim.train.checkpoint import Checkpoints
+from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
+from fastmim.train.distributed import Ranks, barrier, ranks
+from fastmim.train.engine import Fit, Plan
+from fastmim.train.log import RunLog
+from fastmim.transfer_setup import again, augment_of, begin, order_of, part_loader, read_splits, task_of
+
+
+def finetune(
+    data: str | Path | None = None, start: str | Path | Run | None = None, config: FinetuneConfig | None = None,
+    **words: Any,
+) -> Run:  # fmt: skip
+    """Fine-tunes a network on labelled images, measures it on others, exports it and writes a report.
+
+    ``fastmim.finetune("labelled/", "runs/swin", out="runs/tuned", resolution=224)``: the words are the command line's.
+
+    Args:
+        data: class folders, train/ and val/ or test/ with class folders, or a .csv with the columns path and label.
+        start: a run, a timm name, ``local-dir:FOLDER``, a checkpoint file, or ``scratch`` (with ``model=``).
+        config: a whole configuration instead of words, or to be changed by them.
+        words: options by name; see ``fastmim finetune --help``.
+
+    Raises:
+        UserError: something in the options, the images or the weights does not fit.
+    """
+    config = config or recipes.load(str(words.get("recipe", FinetuneConfig().method.recipe)))
+    return begin_run(update(config, {**_given(data=data, start=start), **words}))
+
+
+def distill(
+    data: str | Path | None = None, teacher: str | Path | Run | None = None, config: DistillConfig | None = None,
+    **words: Any,
+) -> Run:  # fmt: skip
+    """Teaches a small network what a fine-tuned run has learnt; all else is as in `finetune`.
+
+    ``fastmim.distill("labelled/", "runs/tuned", model="mobilenetv3_small_100", out="runs/small")``
+    """
+    config = config or recipes.load_distill(str(words.get("recipe", DistillConfig().method.recipe)))
+    return begin_run(update(config, {**_given(data=data, teacher=teacher), **words}))
+
+
+def cross_validate(config: FinetuneConfig) -> tuple[Path, dict[str, Any]]:
+    """One run for each fold, in OUT/fold-0 and so on; every image is tested once.
+
+    Returns:
+        The folder, and what ``folds.json`` in it holds: accuracies of the folds, their mean and spread, and the
+        accuracy over all images.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    folds = config.data.folds
+    assert folds is not None
+    model = config.method.model or Path(config.method.start).name
+    folder = Path(config.system.out) if config.system.out else named_folder("folds", model, config.data.path)
+    runs = []
+    for fold in range(folds):
+        out = folder / f"fold-{fold}"
+        if (out / "config.yaml").is_file() and not config.system.overwrite:
+            runs.append(resume_transfer(Run(out), {}))
+        else:
+            runs.append(begin_run(update(config, {"fold": fold, "out": str(out)})))
+        if runs[-1].status["state"] != "finished":
+            return folder, {}
+    results = [run.read("finetune.json") or {} for run in runs]
+    accuracies = [result["accuracy"]["top1"] for result in results]
+    right = sum(result["accuracy"]["top1"] * result["test"] for result in results)
+    summary = {
+        "folds": accuracies,
+        "mean": statistics.fmean(accuracies),
+        "spread": statistics.stdev(accuracies),
+        "pooled": right / sum(result["test"] for result in results),
+    }
+    (folder / "folds.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return folder, summary
+
+
+def resume_transfer(run: Run, changes: Mapping[str, Any]) -> Run:
+    """Goes on with an interrupted run; a finished one is left as it is.
+
+    Raises:
+        UserError: the images have changed since the run began, or an option changes what is learnt.
+    """
+    before = run.transfer
+    config = update(before, changes)
+    for section in ("data", "method", "optim"):
+        if getattr(config, section) != getattr(before, section):
+            raise UserError(f"{', '.join(changes)}: what is learnt cannot change in the middle of a run; start another")
+    if run.status["state"] == "finished" and (run.path / "report.html").exists():
+        return run
+    found = read_splits(config)
+    known = (run.read("data.json") or {}).get("fingerprint", found.fingerprint)
+    if known != found.fingerprint and not config.system.allow_data_change:
+        raise UserError(
+            f"the images or labels of {config.data.path} have changed since {run.path} began; --allow-data-change goes"
+            " on"
+        )
+    with ranks(pick_device(config.system.device).type) as here:
+        return _train(run.path, config, found, here)
+
+
+def plan_transfer(config: TransferConfig) -> dict[str, Any]:
+    """What a run would do, without doing it."""
+    found = read_splits(config)
+    parts = begin(config, found)
+    config, device = parts.config, pick_device(config.system.device)
+    classes = ", ".join(found.classes[:6]) + (" ..." if len(found.classes) > 6 else "")
+    return {
+        "images": f"{len(found.train)} to learn from, {len(found.test)} for the result ({found.how})",
+        "classes": f"{len(found.classes)}: {classes}",
+        "network": config.method.model,
+        "parameters": sum(parameter.numel() for parameter in parts.network.parameters()),
+        "weights": "; ".join(parts.lines) or config.method.start,
+        "resolution": config.data.resolution,
+        "steps": steps_of(config, len(found.train)),
+        "global_batch": config.optim.global_batch,
+        "lr": config.optim.lr,
+        "layer_decay": config.optim.layer_decay,
+        "device": str(device),
+        "out": config.system.out or str(_folder(config)),
+    }
+
+
+def steps_of(config: TransferConfig, images: int) -> int:
+    """Weight updates of a run."""
+    return config.optim.steps or count_steps(config, images)
+
+
+def _given(**values: str | Path | Run | None) -> dict[str, str]:
+    return {
+        name: str(value.path if isinstance(value, Run) else value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _folder(config: TransferConfig) -> Path:
+    start = Path(config.method.start.removeprefix("local-dir:")).name
+    return named_folder(config.task, config.method.model or start, config.data.path)
+
+
+def begin_run(config: TransferConfig) -> Run:
+    """A run of either kind; what can be wrong with options and images is found before its folder is made."""
+    found = read_splits(config)
+    first_look(found.train.table, config.data.channels, config.data.values == "raw")
+    with ranks(pick_device(config.system.device).type) as here:
+        if here.world > 1 and config.system.out is None:
+            raise UserError("several processes need one run folder: give --out")
+        folder = Path(config.system.out) if config.system.out else _folder(config)
+        if here.first:
+            prepare_folder(folder, config.system.overwrite)
+        barrier()
+        return _train(folder, config, found, here)
+
+
+def _train(folder: Path, config: TransferConfig, found: Splits, here: Ranks) -> Run:
+    """Everything between a prepared folder and a finished or interrupted run."""
+    if here.first:
+        with locked(folder):
+            return _train_locked(folder, config, found, here)
+    return _train_locked(folder, config, found, here)
+
+
+def _train_locked(folder: Path, config: TransferConfig, found: Splits, here: Ranks) -> Run:
+    device = pick_device(config.system.device, here.local)
+    with RunLog(folder, config.system.tensorboard, quiet=not here.first, title=config.task) as log:
+        if Checkpoints(folder / "checkpoints").steps():  # then its weights are there, whatever became of the start
+            network = again(config, len(found.classes))
+        else:
+            parts = begin(config, found, here.world)
+            config, network = parts.config, parts.network
+            for line in parts.lines:
+                log.say(line)
+        pictures = training_pictures(config, found.train.table, folder, here)
+        config = update(config, {"crop_on": _crop_place(config, pictures, device)})
+        task = task_of(config, network, found).to(device)
+        if config.optim.micro_batch is None:
+            config = with_micro_batch(config, task, device, here)
+        if config.system.compile:
+            task.compile()
+        run = _open(folder, config, found, device, here)
+        state = _fit(run, config, task, pictures, found, device, here, log)
+        if here.first and state == "finished":
+            log.say("measuring, exporting the weights and writing the report")
+            _finish(run, config, task, found, device)
+    return run
+
+
+def _fit(
+    run: Run, config: TransferConfig, task: Classify, pictures: Pictures, found: Splits, device: torch.device,
+    here: Ranks, log: RunLog,
+) -> str:  # fmt: skip
+    system, steps = config.system, steps_of(config, len(found.train))
+    bad_log = run.path / "bad_images.csv" if here.first else None
+    loader = training_loader(
+        config, pictures, steps, device, here, bad_log, augment_of(config), order_of(config, found.train)
+    )
+    course = Plan(
+        optim=config.optim,
+        steps=steps,
+        phases=loader.phases,
+        images=len(found.train),
+        log_every=system.log_every,
+        eval_steps=max(1, math.ceil(system.eval_every * steps)),
+        checkpoint_seconds=60 * system.checkpoint_every,
+        autocast=pick_precision(system.precision, device),
+        remedy=functools.partial(waiting_remedy, config, pictures, loader.workers, device),
+    )
+    what = (
+        f"{config.method.model} from {config.method.start}, {len(found.train)} images of {len(found.classes)} classes"
+    )
+    log.say(f"{run.path}: {what} at {config.data.resolution} px, {steps} steps on {device}")
+    with lost_workers(run.path):
+        return Fit(task, loader, course, Checkpoints(run.path / "checkpoints", system.keep), log, device, here).run()
+
+
+def _finish(run: Run, config: TransferConfig, task: Classify, found: Splits, device: torch.device) -> None:
+    """The result on the images that were kept for it, the weights, the report."""
+    loader = part_loader(config, found.test, pick_workers(config.system.workers, device))
+    outcome = measure(*task.answers(loader), found)
+    status, data = run.status, config.data
+    facts = {
+        "data": data.path, "start": config.method.start, "model": config.method.model, "resolution": data.resolution,
+        "train": len(found.train), "split": found.how, "steps": status["step"], "labels": data.labels,
+        "unreadable": len(loader.bad),
+        "seconds": next((line["seconds"] for line in reversed(run.metrics) if line["kind"] == "train"), 0.0),
+    }  # fmt: skip
+    write_outcome(run, outcome, facts, found)
+    assert config.method.model is not None and data.mean is not None and data.std is not None
+    card = {
+        "method": f"{config.task} from {config.method.start}",
+        "images": f"{len(found.train)} of {len(found.classes)} classes, resolution {data.resolution} px",
+        "accuracy": f"{outcome.facts['accuracy']['top1']:.1f} % on {outcome.facts['test']} others",
+        "seed": str(config.optim.seed),
+    }
+    export_timm(
+        config.method.model, config.method.model_args, task.judged.state_dict(), run.exported,
+        resolution=data.resolution, mean=data.mean, std=data.std, card=card, classes=found.classes,
+    )  # fmt: skip
+    write_report(run.path)
+
+
+def _open(folder: Path, config: TransferConfig, found: Splits, device: torch.device, here: Ranks) -> Run:
+    """Writes what a run folder says of itself before the first step."""
+    if here.first:
+        write_config(folder, config)
+        run = Run(folder)
+        run.write("environment.json", environment(device))
+        counts = {name: [part.labels.count(label) for label in range(len(found.classes))]
+                  for name, part in (("train", found.train), ("test", found.test))}  # fmt: skip
+        run.write(
+            "data.json",
+            {
+                "paths": [config.data.path], "images": len(found.train), "bytes": found.train.table.bytes,
+                "formats": found.train.table.formats, "classes": found.classes, "split": found.how,
+                "counts": counts, "fingerprint": found.fingerprint,
+            },
+        )  # fmt: skip
+    barrier()
+    return Run(folder)
+
+
+def _crop_place(config: TransferConfig, pictures: Pictures, device: torch.device) -> str:
+    """Where crops are cut: RandAugment is done by workers, and wants them on the CPU."""
+    if config.method.rand_augment is None:
+        return crop_place(config, pictures, device)
+    if config.data.crop_on == "device":
+        raise UserError("--crop-on device goes with --rand-augment none: RandAugment works on the CPU")
+    return "cpu"
