@@ -30,7 +30,7 @@ from fastmim.train.device import environment, pick_device, pick_precision, pick_
 from fastmim.train.distributed import Ranks, barrier, ranks
 from fastmim.train.engine import Fit, Plan
 from fastmim.train.log import RunLog
-from fastmim.transfer_setup import again, augment_of, begin, order_of, part_loader, read_splits, task_of
+from fastmim.transfer_setup import Parts, again, augment_of, begin, order_of, part_loader, read_splits, task_of
 
 
 def finetune(
@@ -123,7 +123,11 @@ def resume_transfer(run: Run, changes: Mapping[str, Any]) -> Run:
             " on"
         )
     with ranks(pick_device(config.system.device).type) as here:
-        return _train(run.path, config, found, here)
+        # Killed before the first checkpoint, it begins anew; afterwards its weights are there, whatever became of the
+        # start.
+        begun = Checkpoints(run.path / "checkpoints").steps()
+        network = again(config, len(found.classes)) if begun else begin(before, found, here.world).network
+        return _train(run.path, Parts(config, network, ()), found, here)
 
 
 def plan_transfer(config: TransferConfig) -> dict[str, Any]:
@@ -169,43 +173,39 @@ def _folder(config: TransferConfig) -> Path:
 def begin_run(config: TransferConfig) -> Run:
     """A run of either kind; what can be wrong with options and images is found before its folder is made."""
     found = read_splits(config)
-    first_look(found.train.table, config.data.channels, config.data.values == "raw")
     with ranks(pick_device(config.system.device).type) as here:
+        parts = begin(config, found, here.world)
+        first_look(found.train.table, parts.config.data.channels, parts.config.data.values == "raw")
         if here.world > 1 and config.system.out is None:
             raise UserError("several processes need one run folder: give --out")
         folder = Path(config.system.out) if config.system.out else _folder(config)
         if here.first:
             prepare_folder(folder, config.system.overwrite)
         barrier()
-        return _train(folder, config, found, here)
+        return _train(folder, parts, found, here)
 
 
-def _train(folder: Path, config: TransferConfig, found: Splits, here: Ranks) -> Run:
+def _train(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run:
     """Everything between a prepared folder and a finished or interrupted run."""
     if here.first:
         with locked(folder):
-            return _train_locked(folder, config, found, here)
-    return _train_locked(folder, config, found, here)
+            return _train_locked(folder, parts, found, here)
+    return _train_locked(folder, parts, found, here)
 
 
-def _train_locked(folder: Path, config: TransferConfig, found: Splits, here: Ranks) -> Run:
-    device = pick_device(config.system.device, here.local)
+def _train_locked(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run:
+    config, device = parts.config, pick_device(parts.config.system.device, here.local)
+    pictures = training_pictures(config, found.train.table, folder, here)
+    config = update(config, {"crop_on": _crop_place(config, pictures, device)})
+    task = task_of(config, parts.network, found).to(device)
+    if config.optim.micro_batch is None:
+        config = with_micro_batch(config, task, device, here)
+    if config.system.compile:
+        task.compile()
+    run = _open(folder, config, found, device, here)
     with RunLog(folder, config.system.tensorboard, quiet=not here.first, title=config.task) as log:
-        if Checkpoints(folder / "checkpoints").steps():  # then its weights are there, whatever became of the start
-            network = again(config, len(found.classes))
-        else:
-            parts = begin(config, found, here.world)
-            config, network = parts.config, parts.network
-            for line in parts.lines:
-                log.say(line)
-        pictures = training_pictures(config, found.train.table, folder, here)
-        config = update(config, {"crop_on": _crop_place(config, pictures, device)})
-        task = task_of(config, network, found).to(device)
-        if config.optim.micro_batch is None:
-            config = with_micro_batch(config, task, device, here)
-        if config.system.compile:
-            task.compile()
-        run = _open(folder, config, found, device, here)
+        for line in parts.lines:
+            log.say(line)
         state = _fit(run, config, task, pictures, found, device, here, log)
         if here.first and state == "finished":
             log.say("measuring, exporting the weights and writing the report")
