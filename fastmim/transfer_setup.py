@@ -65,6 +65,7 @@ def begin(config: TransferConfig, found: Splits, world: int = 1) -> Parts:
         raise UserError(f"{config.task} needs RUN|MODEL, what to start from; see: fastmim {config.task} --help")
     start = read_start(method.start, model=method.model, model_args=method.model_args, heads=method.heads)
     config = _with_images(config, start, found)
+    augment_of(config)  # refuses words that it does not know
     torch.manual_seed(derive(config.optim.seed, "init"))
     network, args, loaded = build_classifier(
         start, len(found.classes), config.data.resolution, drop_path=method.drop_path, pool=method.pool

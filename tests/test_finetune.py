@@ -3,11 +3,14 @@
 
 import csv
 import json
+import os
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -36,6 +39,11 @@ PRETRAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="module")
 def tuned(classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return fastmim.finetune(str(classes), "scratch", out=tmp_path_factory.mktemp("tuned") / "run", **TINY)
@@ -48,7 +56,7 @@ def test_it_learns_and_tells_everything(tuned: Run, classes: Path) -> None:
     assert result["accuracy"]["top1"] == 100  # upright and lying stripes are easily told apart
     assert result["accuracy"]["low"] < 100 == result["accuracy"]["high"] and result["accuracy"]["majority"] == 50
     assert result["confusion"] == [[4, 0], [0, 4]] and result["mistakes"] == []
-    rows = list(csv.DictReader((tuned.path / "predictions.csv").open(newline="")))
+    rows = rows_of(tuned.path / "predictions.csv")
     assert len(rows) == 8 and list(rows[0]) == ["path", "label", "predicted", "p_true", "p:lying", "p:upright"]
     for row in rows:
         assert Path(row["path"]).is_file() and Path(row["path"]).parent.name == row["label"] == row["predicted"]
@@ -65,22 +73,20 @@ def test_the_export_answers_as_the_run_does(tuned: Run, classes: Path) -> None:
     network = timm.create_model(f"local-dir:{tuned.exported}", pretrained=True).eval()
     assert network.pretrained_cfg["num_classes"] == 2
     assert json.loads((tuned.exported / "config.json").read_text())["label_names"] == ["lying", "upright"]
-    row = next(csv.DictReader((tuned.path / "predictions.csv").open(newline="")))
-    pixels = torch.from_numpy(
-        __import__("numpy").array(Image.open(row["path"]).resize((32, 32), Image.Resampling.BICUBIC))
-    )
+    row = rows_of(tuned.path / "predictions.csv")[0]
+    pixels = torch.from_numpy(np.array(Image.open(row["path"]).resize((32, 32), Image.Resampling.BICUBIC)))
     images = pixels.permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    answer = network((images - mean) / std).softmax(1)[0]
+    answer = network((images - mean) / std).softmax(1)[0].detach()
     assert float(answer[0]) == pytest.approx(float(row["p:lying"]), abs=0.05)  # resized by another library here
     assert timm.create_model(f"local-dir:{tuned.exported}", pretrained=True, num_classes=0)(images).shape == (1, 32)
 
 
 def test_predict_says_what_the_test_said(tuned: Run, classes: Path, tmp_path: Path) -> None:
     found = fastmim.predict(tuned, str(classes), tmp_path / "p.csv", device="cpu", workers=0)
-    rows = {row["path"]: row for row in csv.DictReader(found.path.open(newline=""))}
+    rows = {row["path"]: row for row in rows_of(found.path)}
     assert found.images == len(rows) == 40 and sum(found.counts.values()) == 40 and found.bad == {}
-    for row in csv.DictReader((tuned.path / "predictions.csv").open(newline="")):
+    for row in rows_of(tuned.path / "predictions.csv"):
         again = rows[row["path"]]
         assert again["predicted"] == row["predicted"]
         assert float(again["p:lying"]) == pytest.approx(float(row["p:lying"]), abs=1e-5)
@@ -142,10 +148,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(ema: float | None, cl
         number = child(lambda: fastmim.resume(out, changes={"workers": 2})) if begun else child(lambda: start(out, 2))
         goal, done = before + rng.randint(2, 7), 0
         while saved_step(out) < min(goal, 20) and not done:
-            done = __import__("os").waitpid(number, 1)[0]
+            done = os.waitpid(number, 1)[0]
             time.sleep(0.002)
         if not done:
-            __import__("os").kill(number, 9)
+            os.kill(number, 9)
             wait_for(number)
             kills += 1
     assert kills >= 3
@@ -160,16 +166,12 @@ def test_folds_test_every_image_once(classes: Path, tmp_path: Path) -> None:
     words = {**TINY, "steps": 2, "folds": 4, "data": str(classes), "start": "scratch", "out": str(tmp_path / "folds")}
     folder, summary = cross_validate(update(FinetuneConfig(), words))
     assert len(summary["folds"]) == 4 and json.loads((folder / "folds.json").read_text()) == summary
-    tested = [
-        row["path"]
-        for fold in range(4)
-        for row in csv.DictReader((folder / f"fold-{fold}" / "predictions.csv").open(newline=""))
-    ]
+    tested = [row["path"] for fold in range(4) for row in rows_of(folder / f"fold-{fold}" / "predictions.csv")]
     assert len(tested) == len(set(tested)) == 40
 
 
 def test_distillation_follows_the_teacher(tuned: Run, classes: Path, tmp_path: Path) -> None:
-    words = {**TINY, "model_args": {**VIT, "embed_dim": 16, "depth": 1}, "steps": 60, "resolution": 24}
+    words = {**TINY, "model_args": {**VIT, "depth": 1}, "steps": 80, "resolution": 24}
     student = fastmim.distill(str(classes), tuned, out=tmp_path / "run", **words)
     result = student.read("finetune.json")
     assert student.task == "distill" and result is not None and result["accuracy"]["top1"] >= 75
@@ -269,7 +271,7 @@ def test_one_class_and_class_without_test_images(classes: Path, tmp_path: Path) 
     for part, names in (("train", ["lying", "upright"]), ("test", ["lying"])):
         (tmp_path / "two" / part).mkdir(parents=True)
         for name in names:
-            (tmp_path / "two" / part / name).symlink_to(classes / name)
+            shutil.copytree(classes / name, tmp_path / "two" / part / name)
     with pytest.raises(UserError, match="class 'upright' has no image in test"):
         fastmim.finetune(str(tmp_path / "two"), "scratch", **TINY)
 

@@ -23,8 +23,8 @@ from fastmim.errors import UserError
 def names() -> list[str]:
     """The recipes that there are for fine-tuning."""
     functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
-    return [name for name, function in functions if function.__annotations__.get("return") is FinetuneConfig
-            and not function.__code__.co_argcount]  # fmt: skip
+    signatures = {name: inspect.signature(function) for name, function in functions}
+    return [name for name, one in signatures.items() if one.return_annotation is FinetuneConfig and not one.parameters]
 
 
 def load(name: str) -> FinetuneConfig:
