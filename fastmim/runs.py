@@ -44,6 +44,7 @@ from fastmim.run_network import (
     with_micro_batch,
 )
 from fastmim.seeding import derive
+from fastmim.starts import fill, with_start
 from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.probe import run_probe
 from fastmim.tasks.resolve import resolve
@@ -75,6 +76,10 @@ def pretrain(config: Config | None = None, *, model: str | nn.Module | None = No
     elif model is not None:
         words["model"] = model
     config = update(config or recipes.load(str(words.get("recipe", "fastmim"))), words)
+    if network is None:
+        config = with_start(config)
+    elif config.method.init is not None:
+        raise UserError("init: load the weights into your own module before you hand it over")
     files = find_images(config)
     device = pick_device(config.system.device)
     with ranks(device.type) as here:
@@ -117,6 +122,7 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
 
 def plan(config: Config) -> dict[str, Any]:
     """What a run would do, without doing it."""
+    config = with_start(config)
     files = find_images(config)
     torch.manual_seed(derive(config.optim.seed, "init"))
     backbone = build_network(config, None)
@@ -237,6 +243,7 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
     torch.manual_seed(derive(config.optim.seed, "init"))
     started = bool(Checkpoints(folder / "checkpoints").steps())  # then its weights are there, and need no network
     backbone = build_network(update(config, {"pretrained": False}) if started else config, network)
+    lines = fill(backbone, config) if config.method.init is not None and not started else []
     config = resolve(config, backbone, len(train), here.world)
     apart = eval_loader(config, files.take(held_out))
     unseen = apart if next(iter(apart), None) else None  # none held out, or the few that are cannot be read
@@ -264,7 +271,8 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
     with RunLog(folder, system.tensorboard, quiet=not here.first) as log:
         sizes = ", then ".join(f"{resolution} px" for resolution, _ in config.data.course)
         what = f"{config.method.model} on {len(train)} images of {sizes}"
-        log.say(f"{folder}: {what}, {steps} steps on {device}")
+        for line in [*lines, f"{folder}: {what}, {steps} steps on {device}"]:
+            log.say(line)
         kept = Checkpoints(folder / "checkpoints", system.keep)
         with lost_workers(folder):
             state = Fit(task, loader, course, kept, log, device, here).run()

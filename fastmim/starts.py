@@ -15,10 +15,11 @@ from fastmim.backbones.adapter import build
 from fastmim.backbones.blueprint import LOCAL, Blueprint, create
 from fastmim.backbones.hiding import whole_network
 from fastmim.backbones.loading import Loaded, load_weights, strip_sizes
+from fastmim.config import Config, MethodConfig, update
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.run_images import IMAGENET
-from fastmim.run_network import Network, network_args, trained_network
+from fastmim.run_network import Network, network_args, trained_network, untrained_network
 from fastmim.seeding import derive
 from fastmim.train.checkpoint import Checkpoints
 
@@ -172,6 +173,45 @@ def _from_file(path: str, model: str | None, args: dict[str, Any], heads: int | 
 # ---- Networks from a start
 
 
+def with_start(config: Config) -> Config:
+    """A pre-training configuration that begins with weights: their network and statistics, where none are chosen.
+
+    Raises:
+        UserError: as `read_start`.
+    """
+    method = config.method
+    if method.init is None:
+        return config
+    chosen = method.model != MethodConfig().model
+    start = read_start(method.init, model=method.model if chosen else None, model_args=method.model_args)
+    words: dict[str, Any] = {} if chosen else {"model": start.name, "model_args": start.model_args}
+    if len(start.mean) == config.data.channels and config.data.mean is None:
+        words |= {"mean": start.mean, "std": start.std}
+    return update(config, words)
+
+
+def fill(backbone: Network, config: Config) -> list[str]:
+    """Takes over the weights that ``init`` names; returns what a user should know of them."""
+    method = config.method
+    assert method.init is not None
+    start = read_start(method.init, model=method.model, model_args=method.model_args)
+    if start.weights is None:
+        raise UserError("init: scratch is no weights; leave --init out")
+    loaded = load_weights(backbone.model, start.weights, start.word)
+    return [*start.notes, *told(loaded, backbone.resolution)]
+
+
+def told(loaded: Loaded, resolution: int) -> list[str]:
+    """What became of weights, in sentences; empty where all fitted as they were."""
+    lines = [f"{len(loaded.resized)} weights carried to {resolution} px"] if loaded.resized else []
+    lines += [f"fresh besides the head: {_some(loaded.fresh)}"] if loaded.fresh else []
+    return lines + ([f"not used: {_some(loaded.unused)}"] if loaded.unused else [])
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 @dataclass(frozen=True)
 class Opened:
     """A network with its weights, ready to turn images into maps."""
@@ -205,8 +245,6 @@ def open_backbone(
     Raises:
         UserError: as `read_start`.
     """
-    from fastmim.run_network import untrained_network
-
     if isinstance(word, Run) or (Path(word) / "config.yaml").is_file():
         run = word if isinstance(word, Run) else Run(word)
         if run.task == "pretrain":

@@ -20,6 +20,7 @@ from fastmim.errors import UserError
 from fastmim.export import export_timm
 from fastmim.outcome import measure, write_outcome
 from fastmim.recipes import finetune as recipes
+from fastmim.report.page import write_report
 from fastmim.run_folder import Run, locked, named_folder, prepare_folder, write_config
 from fastmim.run_images import crop_place, training_loader, training_pictures, waiting_remedy
 from fastmim.run_network import count_steps, with_micro_batch

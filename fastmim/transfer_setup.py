@@ -17,7 +17,7 @@ from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.run_images import plain_pictures, with_statistics
 from fastmim.seeding import derive
-from fastmim.starts import SCRATCH, Start, build_classifier, create_classifier, read_start, transfer_weights
+from fastmim.starts import SCRATCH, Start, build_classifier, create_classifier, read_start, told, transfer_weights
 from fastmim.tasks.classify import Classify
 from fastmim.tasks.distill import Distill, Teacher
 
@@ -72,9 +72,7 @@ def begin(config: TransferConfig, found: Splits, world: int = 1) -> Parts:
     )
     lines = list(start.notes)
     if loaded is not None:
-        lines += [f"{len(loaded.resized)} weights carried to {config.data.resolution} px"] if loaded.resized else []
-        lines += [f"fresh besides the head: {_some(loaded.fresh)}"] if loaded.fresh else []
-        lines += [f"not used: {_some(loaded.unused)}"] if loaded.unused else []
+        lines += told(loaded, config.data.resolution)
     architecture = start.name.split(".")[0]
     config = update(config, {"model": architecture, "model_args": args})
     return Parts(_with_course(config, len(found.train), world), network, tuple(lines))
@@ -181,7 +179,3 @@ def _with_course(config: TransferT, images: int, world: int) -> TransferT:
     lr = optim.lr or (optim.lr_per_256 * batch / 256 if optim.lr_per_256 else 2.4e-3 * math.sqrt(batch / 1024))
     decay = optim.layer_decay or (1.0 if config.method.start == SCRATCH else _LAYER_DECAY)
     return update(config, {"global_batch": batch, "lr": lr, "layer_decay": decay})
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -81,6 +81,8 @@ class MethodConfig(Section):
     """Any timm model, or local-dir:FOLDER (an exported run or a timm hub folder) to start from its weights."""
     pretrained: bool = False
     """Start from timm's released weights (needs the network) instead of from scratch."""
+    init: str | None = None
+    """Start from these weights: a run, local-dir:FOLDER, or a checkpoint FILE of many layouts; tells the model too."""
     model_args: dict[str, Any] = Field(default={})
     """Further arguments for timm's create_model, as JSON or YAML: {"drop_path_rate": 0.1}."""
     discard: int = Field(default=0, ge=0)
