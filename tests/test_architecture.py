@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "mim": set(),
     "tasks": {"data", "backbones", "mim"},
     "train": set(),
+    "significance": set(),
 }
 TOP = {
     *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *("cli", "cli_bench", "cli_data", "cli_options", "choose", "speed"),
+    *("cli", "cli_bench", "cli_data", "cli_compare", "cli_options", "choose", "speed", "comparing"),
 }
 LIGHT = ["fastmim", "fastmim.errors", "fastmim.seeding", "fastmim.config", "fastmim.recipes", "fastmim.cli"]
 
