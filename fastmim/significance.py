@@ -130,7 +130,7 @@ def sign_flip(sums: Int64[np.ndarray, " n"]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's corrected p-values (1979), in the given order: at 0.05, any wrong claim among them is had in 5 % of cases."""
+    """Holm's corrected p-values (1979), in the given order: at 0.05, one wrong claim or more in 5 % of cases."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     corrected = [0.0] * len(p_values)
     largest = 0.0
@@ -141,7 +141,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def outcome(pair: Pair, corrected: float) -> Outcome:
-    """"helped": ahead on every seed, by more than the spread over seeds, with a corrected p below 0.05; "hurt" mirrored.
+    """Whether a "helped": ahead on every seed, by more than the spread over seeds, and a corrected p below 0.05.
+
+    "hurt" is its mirror.
 
     One seed shows nothing: it is "unclear", as is everything else.
     """

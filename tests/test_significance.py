@@ -92,9 +92,9 @@ def test_standard_error_by_plain_loops() -> None:
     column = [sum(apart[:, i].tolist()) / seeds for i in range(images)]
     of_seeds = images * sum((value - mean) ** 2 for value in row) / (seeds - 1)
     of_images = seeds * sum((value - mean) ** 2 for value in column) / (images - 1)
-    of_both = sum(
-        (int(apart[s, i]) - row[s] - column[i] + mean) ** 2 for s in range(seeds) for i in range(images)
-    ) / ((seeds - 1) * (images - 1))
+    of_both = sum((int(apart[s, i]) - row[s] - column[i] + mean) ** 2 for s in range(seeds) for i in range(images)) / (
+        (seeds - 1) * (images - 1)
+    )
     total = of_seeds + max(of_images - of_both, 0)
     error = math.sqrt(max(total, of_images) / (seeds * images))
     assert standard_error(apart) == pytest.approx((error, (seeds - 1) * (total / of_seeds) ** 2))
