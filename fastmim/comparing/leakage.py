@@ -33,7 +33,7 @@ SHOWN = 8
 AT_ONCE = 16
 FEW = 200  # images that are looked at in this process
 TRAIN = "labelled training images"
-Rows = Shaped[np.ndarray, " n"]
+Rows = Shaped[np.ndarray, " _"]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def find_starts(inits: Sequence[str], model: str | None) -> Starts:
     double = next((text for text in texts if texts.count(text) > 1), None)
     if double:
         raise UserError(f"--inits names {double!r} twice; every start is compared once")
+    for text in texts:
+        _check(text)
     runs = [Run(text) for text in texts if _is_run(text)]
     config = runs[0].config.method if runs else None
     named = next((text for text in texts if _is_model(text)), None)
@@ -112,11 +114,18 @@ def _start(text: str, name: str, model: str) -> Start:
         return Start(name, text, "released", plain(text), checksum(weights) if weights.is_file() else "")
     if text.startswith(HUBS) or _is_model(text):
         return Start(name, text, "released", plain(text))
+    return Start(name, text, "file", plain(model), checksum(Path(text)))
+
+
+def _check(text: str) -> None:
+    """Raises a UserError for what is no start."""
+    if text in (SCRATCH, IMAGENET) or text.startswith(HUBS) or _is_run(text) or _is_model(text):
+        return
     path = Path(text)
     if path.is_file():
         if path.suffix not in FILES:
             raise UserError(f"{text} holds no weights that are known; a file of weights ends in {', '.join(FILES)}")
-        return Start(name, text, "file", plain(model), checksum(path))
+        return
     if path.is_dir():
         raise UserError(f"{text} is not a run folder: it has no config.yaml; for exported weights: local-dir:{text}")
     import timm
