@@ -22,6 +22,7 @@ _PUBLIC = {
     "scan": "fastmim.data.sources.scan",
     "prepare_images": "fastmim.data.prepared.prepare",
     "bench": "fastmim.speed.compare",
+    "compare": "fastmim.comparing.compare",
     "Run": "fastmim.run_folder",
     "Config": "fastmim.config",
     "UserError": "fastmim.errors",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fastmim.backbones.adapter import Stage as Stage
     from fastmim.backbones.hiding import HidingBackbone as HidingBackbone
     from fastmim.choose import select as select
+    from fastmim.comparing.compare import compare as compare
     from fastmim.config import Config as Config
     from fastmim.data.prepared.prepare import prepare_images as prepare_images
     from fastmim.data.sources.scan import scan as scan

@@ -25,6 +25,7 @@ from tyro.constructors import (
 
 from fastmim import __version__, recipes
 from fastmim.cli_bench import Bench, bench
+from fastmim.cli_compare import Compare, compare
 from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
 from fastmim.cli_options import (
     Demo,
@@ -316,6 +317,7 @@ COMMANDS = {
     "demo": Command(Demo, demo, "demo"),
     "pretrain": Command(Pretrain, pretrain, "pretrain DATA..."),
     "probe": Command(Probe, probe, "probe RUN DATA"),
+    "compare": Command(Compare, compare, "compare DATA"),
     "report": Command(Report, report, "report RUN..."),
     "finetune": Command(Finetune, finetune, "finetune DATA RUN"),
     "predict": Command(Predict, predict, "predict RUN IMAGES"),

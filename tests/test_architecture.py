@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "mim": set(),
     "tasks": {"data", "backbones", "mim"},
     "train": set(),
+    "significance": set(),
 }
 TOP = {
     *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *("cli", "cli_bench", "cli_data", "cli_options", "cli_transfer", "choose", "speed"),
+    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_options", "cli_transfer", "choose", "comparing", "speed"),
     *("starts", "transfer", "transfer_setup", "outcome", "predict", "significance"),
 }
 LIGHT = ["fastmim", "fastmim.errors", "fastmim.seeding", "fastmim.config", "fastmim.recipes", "fastmim.cli"]

@@ -34,7 +34,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         UserError: ``run`` is not a run folder, or a file in it is damaged.
     """
     folder = read_run(run)
-    return _write("page.html.j2", out or run / "report.html", _report(folder))
+    return render("page.html.j2", out or run / "report.html", _report(folder))
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
@@ -45,10 +45,11 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """
     if len(runs) < 2:
         raise UserError(f"a comparison needs two runs or more, but got {len(runs)}")
-    return _write("compare.html.j2", out, _comparison([read_run(run) for run in runs]))
+    return render("compare.html.j2", out, _comparison([read_run(run) for run in runs]))
 
 
-def _write(template: str, out: Path, content: dict[str, Any]) -> Path:
+def render(template: str, out: Path, content: dict[str, Any]) -> Path:
+    """Writes ``out`` from a template of this package; text is escaped, and an unknown name is an error."""
     pages = Environment(
         loader=PackageLoader("fastmim.report", ""),
         autoescape=True,

@@ -77,10 +77,17 @@ def near(
     for first, second in _proposed(hashes):
         for part in range(0, len(first), 1 << 14):
             rows, columns = first[part : part + (1 << 14)], second[part : part + (1 << 14)]
-            cosine = (_edges(thumbs[rows]) * _edges(thumbs[columns])).sum(1)
-            same = cosine >= np.where(small[rows] | small[columns], AGREE_SMALL, AGREE)
+            same = alike(thumbs[rows], thumbs[columns], small[rows] | small[columns])
             pairs.append(np.stack([rows[same], columns[same]], axis=1))
     return groups(len(hashes), np.concatenate(pairs))
+
+
+def alike(
+    first: UInt8[np.ndarray, "n t t"], second: UInt8[np.ndarray, "n t t"], small: Bool[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Whether the pictures of each pair of thumbs look the same; ``small`` says where one of them is small."""
+    cosine = (_edges(first) * _edges(second)).sum(1)
+    return cosine >= np.where(small, AGREE_SMALL, AGREE)
 
 
 def groups(count: int, pairs: Int64[np.ndarray, "m 2"]) -> list[list[int]]:
