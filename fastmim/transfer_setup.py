@@ -49,8 +49,8 @@ def read_splits(config: TransferConfig) -> Splits:
     if data.folds is not None and data.fold is None:
         raise UserError("several folds are several runs: use fastmim.cross_validate, or give --fold")
     return splits(
-        data.path, seed=data.label_seed, test_share=data.test_share, folds=data.folds, fold=data.fold,
-        labels=data.labels, shuffle=data.shuffle_labels,
+        data.path, seed=data.split_seed, test_share=data.test_share, folds=data.folds, fold=data.fold,
+        labels=data.labels, label_seed=data.label_seed, shuffle=data.shuffle_labels,
     )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def test_parts_of_the_users_own(
 
 
 def test_some_labels_are_nested_and_spread_over_classes(classes: Path) -> None:
-    few, more = (splits(str(classes), labels=words, seed=3) for words in ("10%", "50%"))
+    few, more = (splits(str(classes), labels=words, seed=3, label_seed=1) for words in ("10%", "50%"))
+    assert names(few.train) != names(splits(str(classes), labels="10%", seed=3, label_seed=2).train)
     assert few.train.labels.count(0) == few.train.labels.count(1) == 2  # of 16
     assert len(more.train) == 16 and names(few.train) < names(more.train)
     assert names(few.test) == names(more.test) == names(splits(str(classes), seed=3).test)

@@ -21,7 +21,9 @@ class LabelledDataConfig(ImagesConfig):
     labels: str | None = None
     """Learn from some labels only: 10%, or 5/class; all when not given."""
     label_seed: int = Field(default=0, ge=0, lt=2**31)
-    """Chooses those labels, and the images that are held out."""
+    """Chooses those labels."""
+    split_seed: int = Field(default=0, ge=0, lt=2**31)
+    """Chooses the images that are held out, where DATA has no val or test part of its own."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of each class that is held out for the result, where DATA has no val or test part of its own."""
     folds: int | None = Field(default=None, ge=2)

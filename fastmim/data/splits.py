@@ -64,17 +64,19 @@ def splits(
     folds: int | None = None,
     fold: int | None = None,
     labels: str | None = None,
+    label_seed: int = 0,
     shuffle: bool = False,
 ) -> Splits:
     """Labelled images of class folders, of train/, val/ and test/ with class folders, or of a list with labels.
 
     Args:
         path: a folder, or a .csv file with the columns ``path``, ``label`` and perhaps ``split`` (train, val or test).
-        seed: chooses what is held out, and which labels are learnt from.
+        seed: chooses what is held out.
         test_share: share of each class that is held out where ``path`` has neither a val nor a test part.
         folds: cut each class into so many instead.
         fold: and hold this one out.
         labels: learn from some labels only, see `some_labels`.
+        label_seed: chooses which, and how they are shuffled.
         shuffle: give the training images each other's labels (a control).
 
     Raises:
@@ -97,12 +99,12 @@ def splits(
         test = test or val
     shown = val or test
     if labels is not None:
-        train = some_labels(train, labels, seed)
+        train = some_labels(train, labels, label_seed)
         how += f"; learnt from {labels} of the labels"
     names = tuple(train)
     learnt = _part(table, names, train)
     if shuffle:
-        order = sorted(range(len(learnt)), key=lambda place: derive(seed, "shuffle labels", place))
+        order = sorted(range(len(learnt)), key=lambda place: derive(label_seed, "shuffle labels", place))
         learnt = Part(learnt.table, tuple(learnt.labels[place] for place in order))
         how += "; training labels shuffled"
     return Splits(names, learnt, _part(table, names, shown), _part(table, names, test), how)
