@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor
 
@@ -89,14 +90,14 @@ def read_official(path: str | Path, architecture: str | None = None, heads: int 
 def describe(imported: Imported) -> list[str]:
     """Lines for the terminal: what was read, what is left out, what keeps its initial values, and the notes."""
     stock = _shapes(Network(imported.architecture, imported.model_args, imported.resolution))
-    found = len(imported.weights.keys() & stock.keys())
+    found = len(stock) - len(imported.missing)
+    classifier = imported.weights.keys() - stock.keys()
     args = ", ".join(f"{key}={value}" for key, value in imported.model_args.items())
     size = f", {imported.resolution} px" if imported.resolution else ""
     lines = [
         f"layout: {imported.layout}",
         f"network: {imported.architecture}{f' ({args})' if args else ''}{size}",
-        f"weights: {found} of {len(stock)} of the network"
-        + (" and a classifier" if found < len(imported.weights) else ""),
+        f"weights: {found} of {len(stock)} of the network" + (" and a classifier" if classifier else ""),
     ]
     if imported.unused:
         lines.append(f"left out: {_grouped(imported.unused)}")
@@ -179,12 +180,14 @@ def _fit(path: Path, layout: str, converted: Converted, network: Network) -> Imp
         else:
             surplus.append(key)
     unused = (*converted.unused, *surplus)
-    missing = tuple(key for key in stock if key not in weights)
+    # Batch norm counts its batches only to average over all of them, which no network here does.
+    missing = tuple(key for key in stock if key not in weights and not key.endswith("num_batches_tracked"))
     found = len(stock) - len(missing)
     if 2 * found < len(stock):
         raise UserError(
             f"{path}: only {found} of {len(stock)} weights of {network.architecture} are there (missing: "
-            f"{', '.join(missing[:3])} ...; instead: {', '.join(unused[:3]) or 'nothing'}); name the network with --model"
+            f"{', '.join(missing[:3])} ...; instead: {', '.join(unused[:3]) or 'nothing'}); name the network with "
+            "--model"
         )
     inside = [key for key in unused if key.startswith(_INSIDE)]
     if inside:
@@ -192,11 +195,9 @@ def _fit(path: Path, layout: str, converted: Converted, network: Network) -> Imp
             f"{path}: {', '.join(inside[:3])} ({len(inside)} in all) are part of the network, but have no place in "
             f"{network.architecture}; name another with --model"
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if missing:
-        notes = (
-            f"{len(missing)} weights of {network.architecture} are not in the file and keep their initial values.",
-        )
+        notes = (f"{len(missing)} of the network's weights are not in the file and keep their initial values.",)
     place = (network.architecture, network.model_args, network.resolution)
     return Imported(weights, *place, layout, unused, missing, notes)
 
@@ -205,18 +206,21 @@ def _stock(network: Network, weights: Mapping[str, Tensor]) -> tuple[Network, di
     """The shapes of the stock network at the weights' size; without ``window_size``, if windows follow the size."""
     args = {key: value for key, value in network.model_args.items() if key != "window_size"}
     shapes = _shapes(replace(network, model_args=args))
-    if "window_size" in network.model_args and any(
-        shapes.get(key, one.shape) != one.shape for key, one in weights.items()
-    ):
+    fits = all(shapes.get(key, one.shape) == one.shape for key, one in weights.items())
+    if "window_size" in network.model_args and not fits:
         return network, _shapes(network)
     return replace(network, model_args=args), shapes
 
 
 def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    blueprint = Blueprint(network.architecture, network.model_args)
-    model: TimmModel = blueprint.model
-    if network.resolution is not None:
-        model = blueprint.at(network.resolution, blueprint.absolute((-1,))).model
+    if "window_size" in network.model_args:  # said outright: nothing is to follow the size
+        with torch.device("meta"):
+            model: TimmModel = create(network.architecture, img_size=network.resolution, **network.model_args)
+    else:
+        blueprint = Blueprint(network.architecture, network.model_args)
+        model = blueprint.model
+        if network.resolution is not None:
+            model = blueprint.at(network.resolution, blueprint.absolute((-1,))).model
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 

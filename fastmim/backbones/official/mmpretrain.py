@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmpretrain (and mmselfsup, mmcls): ViT and Swin, whose feed-forward networks and norms have other names."""
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -37,10 +38,7 @@ _SWIN: tuple[Rule, ...] = (
 
 def _convert_vit(content: Content) -> Converted:
     weights, unused = rename(content.state, _BLOCK)
-    return Converted(
-        {f"blocks{key.removeprefix('layers')}" if key[:7] == "layers." else key: weights[key] for key in weights},
-        unused,
-    )
+    return Converted({re.sub(r"^layers\.", "blocks.", key): value for key, value in weights.items()}, unused)
 
 
 def _convert_swin(content: Content) -> Converted:

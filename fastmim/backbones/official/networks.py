@@ -38,7 +38,10 @@ def recognise(converted: Converted) -> Network | None:
 
 # The width and depth of the sizes of ViT; all have 64 channels a head, but H, which has 80.
 _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
-_GUESS = "How many heads of attention a ViT has cannot be seen in its weights; here {}, 64 channels each: say --heads if it is another number."
+_GUESS = (
+    "How many heads of attention a ViT has cannot be seen in its weights: {} are taken, of 64 channels each; say "
+    "--heads if it is another number."
+)
 
 
 def _vit(weights: State, converted: Converted) -> Network | None:
@@ -148,7 +151,7 @@ def _swin(weights: State, converted: Converted) -> Network | None:
     name = "layers.{}.blocks.0.attn.relative_position_bias_table"
     heads = [weights[name.format(stage)].shape[1] for stage in range(len(depths)) if name.format(stage) in weights]
     window = (math.isqrt(table.shape[0]) + 1) // 2
-    follows = window * patch * 2 ** (len(depths) - 1)
+    follows = 8 * window * patch  # in every Swin as published a window covers an eighth of the first map
     resolution = converted.resolution or follows
     size = _SWINS.get((width, max(depths)))
     args: dict[str, Any] = {}
@@ -166,7 +169,7 @@ def _swin(weights: State, converted: Converted) -> Network | None:
     return Network(architecture, args, resolution)
 
 
-_PVTS = {
+_PVTS: dict[tuple[int, tuple[int, ...]], str] = {
     (32, (2, 2, 2, 2)): "b0",
     (64, (2, 2, 2, 2)): "b1",
     (64, (3, 4, 6, 3)): "b2",

@@ -12,6 +12,7 @@ import json
 import re
 import stat
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,17 @@ _WRAPPERS = ("module.", "backbone.", "encoder.", "model.", "trunk.")
 _BEGINNINGS = ("patch_embed", "stem", "cls_token", "embeddings", "downsample_layers", "conv1.")
 
 
-class _Settings(dict[Any, Any]):
-    """Stands for the configuration classes that training code saves with its weights; it only holds values."""
-
-
 def _allowed() -> list[Any]:
     """What may be built beside tensors: values without behaviour.
 
     ``argparse.Namespace`` (MAE, FastMIM save their arguments), the configuration of yacs and fvcore (Swin, SimMIM,
-    pySlowFast), for which a dict of ours stands, and numbers of NumPy (losses and accuracies), with the codec that
-    pickles of protocol 2 write their bytes with. NumPy's arrays are left out: their shape alone could fill the memory.
+    pySlowFast), in whose place an ordinary OrderedDict is built, and numbers of NumPy (losses and accuracies), with the
+    codec that pickles of protocol 2 write their bytes with. NumPy's arrays are left out: their shape alone could fill
+    the memory.
     """
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(name)) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "bool")}
-    settings = [(_Settings, f"{module}.CfgNode") for module in ("yacs.config", "fvcore.common.config")]
+    settings = [(OrderedDict, f"{module}.CfgNode") for module in ("yacs.config", "fvcore.common.config")]
     numpy = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     return [argparse.Namespace, np.dtype, codecs.encode, *kinds, *settings, *numpy]
 
@@ -108,12 +106,16 @@ def _load(file: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # torch raises nearly every kind for damaged files
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        # torch explains itself over many lines; what it met comes after these words.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2]
+        foreign = re.search(r"GLOBAL ([\w.]+)", reason)
         if foreign is not None:
             raise UserError(
                 f"{file}: it holds {foreign[1]}, which could run code, and is not read; save its state_dict alone"
             ) from error
-        raise UserError(f"{file}: no checkpoint of PyTorch, or a damaged one ({_line(error)})") from error
+        raise UserError(
+            f"{file}: no checkpoint of PyTorch, or a damaged one ({_line(reason) or type(error).__name__})"
+        ) from error
 
 
 def _check_zip(file: Path) -> None:
@@ -163,5 +165,5 @@ def _bare(state: State) -> State:
             return state
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+def _line(error: object) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -107,7 +107,7 @@ def _is_cmt(content: Content) -> bool:
 LAYOUTS: Sequence[Layout] = (
     Layout("FastMIM", lambda one: is_fastmim(one) and _is_swin(one), _convert_swin),
     Layout("FastMIM", lambda one: is_fastmim(one) and _is_pvt(one), _convert_pvt),
-    Layout("FastMIM", lambda one: _is_cmt(one), _convert_cmt),
+    Layout("FastMIM", _is_cmt, _convert_cmt),
     Layout("FastMIM", lambda one: _is_swin(one) and "fc_norm.weight" in one.state, _convert_swin),
     Layout("SimMIM", lambda one: is_simmim(one) and _is_swin(one), _convert_swin),
     Layout("Swin", _is_swin, _convert_swin),

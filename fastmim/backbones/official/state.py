@@ -20,7 +20,7 @@ class Content:
 
     Attributes:
         config: ``config.json`` beside the weights; empty where there is none.
-        wrapped: whether the tensors lay in a larger checkpoint ("model", "state_dict" ...), as training code saves them.
+        wrapped: whether the tensors lay in a larger checkpoint ("model" ...), as training code saves them.
         notes: sentences for the user.
     """
 
@@ -40,7 +40,6 @@ class Converted:
         heads: of attention, where the layout tells; one number, or one a stage.
         act_layer: the activation in timm's words, where the checkpoint tells one that is not GELU.
         resolution: in pixels, where the checkpoint tells.
-        window: of Swin, where the file tells that it does not follow the resolution.
         notes: sentences for the user.
     """
 
@@ -88,6 +87,7 @@ def join(state: State, parts: Sequence[str], whole: str) -> State:
     """Puts linear layers side by side that another project keeps as one: ``q``, ``k`` and ``v`` as ``qkv``.
 
     Args:
+        state: is left as it is.
         parts: the last names of the layers, such as ("q", "k", "v"), in the order of the rows.
         whole: the name of the one layer.
     """
