@@ -81,6 +81,12 @@ def export_timm(
     return _replace(folder, files)
 
 
+def registration(architecture: str) -> str:
+    """The line of Python that makes timm know a network which is not its own, such as CMT; empty for timm's."""
+    module = timm.model_entrypoint(architecture).__module__
+    return "" if module.partition(".")[0] == "timm" else f"import {module}  # registers {architecture} with timm\n"
+
+
 def export_state(weights: Mapping[str, Tensor], folder: Path, card: Mapping[str, str]) -> Path:
     """Writes the weights of a network that is not timm's, and README.md.
 
@@ -226,6 +232,7 @@ def _timm_readme(
         "the head, for fine-tuning to train; features without fine-tuning should come from the layers before them:"
     )
     untouched += _list("Discarded in pre-training", fresh, discarded)
+    register = registration(architecture)
     return f"""{_front(card, ["image-feature-extraction", "timm", "transformers", "fastmim"])}
 # {architecture}
 
@@ -234,7 +241,7 @@ def _timm_readme(
 
 ```python
 import timm
-
+{register}
 timm.create_model("local-dir:{name}", pretrained=True)                      # pooled features
 timm.create_model("local-dir:{name}", pretrained=True, num_classes=10)      # with a new head
 timm.create_model("local-dir:{name}", pretrained=True, features_only=True)  # feature maps
@@ -244,7 +251,7 @@ timm.create_model("local-dir:{name}", pretrained=True, features_only=True)  # fe
 
 ```python
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
-
+{register}
 AutoModel.from_pretrained("{name}")
 AutoModelForImageClassification.from_pretrained("{name}", num_labels=10, ignore_mismatched_sizes=True)
 AutoImageProcessor.from_pretrained("{name}")

@@ -14,6 +14,7 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor
 
+from fastmim.backbones import cmt  # noqa: F401, registers with timm, here where every name is looked up
 from fastmim.backbones.discarding import plan_cut
 from fastmim.errors import UserError
 

@@ -37,7 +37,7 @@ class Carry:
         moves: for each parameter whose shape changes, by its name in ``named_parameters()``, how.
     """
 
-    moves: Mapping[str, "Move"]
+    moves: Mapping[str, "Move | PairMove"]
 
     def __call__(self, name: str, value: Float[Tensor, "..."], *, positive: bool = False) -> Float[Tensor, "..."]:
         """``value``, of the shape that the parameter ``name`` had, at the shape that it has now; itself where equal.
@@ -92,6 +92,39 @@ class Move:
         return torch.cat([front, grid, back], dim=axis).to(value.dtype)
 
 
+@dataclass(frozen=True)
+class PairMove:
+    """The linear map of a bias for every pair of places, ``[heads, queries, keys]`` (CMT's).
+
+    A value stands for two places of the image, that of a query and that of a key, each on a grid of its own. Both grids
+    are interpolated as `places`. The matrix of queries and keys is no picture: next to the last place of a row of
+    queries stands the first of the row below.
+
+    Attributes:
+        old: height and width of the queries' grid and of the keys' as they were.
+        new: as they are.
+    """
+
+    old: tuple[int, int, int, int]
+    new: tuple[int, int, int, int]
+
+    @classmethod
+    def between(cls, old: Shape, new: Shape) -> "PairMove | None":
+        """From shape to shape, where all grids are square; None where they are not."""
+        sides = [math.isqrt(count) for count in (*old[1:], *new[1:])]
+        if len(old) != 3 or len(new) != 3 or [side**2 for side in sides] != [*old[1:], *new[1:]]:
+            return None
+        return cls((sides[0], sides[0], sides[1], sides[1]), (sides[2], sides[2], sides[3], sides[3]))
+
+    def __call__(self, value: Float[Tensor, "heads q k"], positive: bool) -> Float[Tensor, "heads _q _k"]:
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        exact = exact.unflatten(2, self.old[2:]).unflatten(1, self.old[:2])
+        for axis, (before, after) in enumerate(zip(self.old, self.new, strict=True), start=1):
+            if before != after:
+                exact = _along(places(before, after, positive).to(exact), exact, axis)
+        return exact.flatten(3).flatten(1, 2).to(value.dtype)
+
+
 def places(old: int, new: int, positive: bool) -> Float[Tensor, "new old"]:
     """Embeddings of the cells of an axis, at the centres of ``new`` cells over the same image.
 
@@ -123,6 +156,7 @@ class _Kind(NamedTuple):
     flat: bool
 
 
+_PAIRS = "pos_bias"  # CMT's
 # The last parts of the names in timm. None of these kinds is told apart by shape alone.
 _KINDS = (
     _Kind(r"pos_embed\d?|patch_pos", places, flat=True),  # ViT, BEiT, Hiera, SAM, VOLO, PiT, NesT, Visformer, TNT ...
@@ -155,9 +189,12 @@ def plan_carry(architecture: str, old: Mapping[str, Shape], new: Mapping[str, Sh
     return Carry({name: move for name, move in moves.items() if move is not None})
 
 
-def _move(name: str, old: Shape, new: Shape, prefix: int) -> Move | None:
+def _move(name: str, old: Shape, new: Shape, prefix: int) -> Move | PairMove | None:
     """None where it is not known what the positions of the parameter mean."""
-    kind = next((kind for kind in _KINDS if re.fullmatch(kind.names, name.rpartition(".")[2])), None)
+    last = name.rpartition(".")[2]
+    if last == _PAIRS:
+        return PairMove.between(old, new)
+    kind = next((kind for kind in _KINDS if re.fullmatch(kind.names, last)), None)
     axes = tuple(axis for axis, (before, after) in enumerate(zip(old, new, strict=True)) if before != after)
     if kind is None:
         return None
