@@ -303,7 +303,8 @@ def test_attention_says_the_same_in_a_larger_image() -> None:
     spread = (expected - expected.mean((2, 3), keepdim=True)).norm()
     right = (shown(smooth(14, 8), large) - expected).norm() / spread
     wrong = (shown(smooth(14, 8), picture) - expected).norm() / spread
-    assert right < 0.1 < 3 * right < wrong
+    assert right < 0.05
+    assert wrong > 10 * right
 
 
 def test_a_size_that_it_cannot_take_is_named() -> None:
@@ -337,12 +338,14 @@ GROWING: dict[str, Any] = {
 def test_a_run_grows_resumes_and_is_handed_over(photos: Path, tmp_path: Path) -> None:
     whole = start(photos, tmp_path / "whole", **GROWING)
     cut = tmp_path / "cut"
-    for at in (7, 19, 20, 31):  # in either phase, and around the change at step 20
+    for at in (19, 31):  # in either phase, of which the second begins with step 20
         shutil.rmtree(cut, ignore_errors=True)
         shutil.copytree(whole.path, cut)
         for folder in (cut / "checkpoints").iterdir():
             if int(folder.name.removeprefix("step-")) > at:
                 shutil.rmtree(folder)
+        status = json.loads((cut / "status.json").read_text())
+        (cut / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
         fastmim.resume(cut)
         assert digest(cut) == digest(whole.path)
         assert told(cut) == told(whole.path)
