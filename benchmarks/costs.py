@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import rows
 import timm
 import torch
-from timm.layers import set_fused_attn
+from timm.layers.config import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim.backbones.cmt  # noqa: F401, registers CMT with timm
@@ -49,7 +49,7 @@ def measure(model: str, **arguments: Any) -> tuple[int, int, int]:
     set_fused_attn(False)  # so that both products of attention are seen as such
     try:
         with torch.device("meta"):
-            network = timm.create_model(model, **arguments).eval()
+            network: Any = timm.create_model(model, **arguments).eval()
             images = torch.empty(1, *network.pretrained_cfg["input_size"])
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 network(images)

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from official_weights import image, official_output, official_state
+from safetensors.torch import save_file
 from test_resume import STEPS, digest, start, told
 from timm.layers import set_fused_attn
 from timm.models import model_entrypoint
@@ -102,7 +103,7 @@ def test_every_key_of_the_original_has_one_of_ours() -> None:
             convert_official({stranger: torch.zeros(1)})
 
 
-def test_timm_loads_the_originals_checkpoints() -> None:
+def test_timm_loads_the_originals_checkpoints(tmp_path: Path) -> None:
     state = official_state("pretrain__cmt_small")
     network = timm.create_model("cmt_small", num_classes=0, img_size=224)
     found = checkpoint_filter_fn({"model": state}, network)
@@ -110,6 +111,17 @@ def test_timm_loads_the_originals_checkpoints() -> None:
     bias = PairMove((32, 32, 4, 4), (56, 56, 7, 7))(state["encoder.relative_pos_a"], False)
     assert torch.equal(found["stages.0.pos_bias"], bias)
     assert network.load_state_dict(found, strict=False).unexpected_keys == []
+
+    save_file(official_state("finetune__cmt_small"), tmp_path / "original.safetensors")
+    overlay = {"file": str(tmp_path / "original.safetensors")}
+    whole = timm.create_model("cmt_small", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.no_grad():
+        assert relative(whole(image(2, 224)), official_output("finetune__cmt_small")) < 1e-4
+    larger = timm.create_model(
+        "cmt_small", pretrained=True, pretrained_cfg_overlay=overlay, img_size=256, num_classes=9
+    )
+    assert torch.equal(larger.head.conv.weight, whole.head.conv.weight)
+    assert torch.equal(larger.stages[3].pos_bias, PairMove((7,) * 4, (8,) * 4)(whole.stages[3].pos_bias, False))
 
     own = timm.create_model("cmt_small", num_classes=0, img_size=128).state_dict()
     same = checkpoint_filter_fn(own, timm.create_model("cmt_small", num_classes=0, img_size=128))
