@@ -26,6 +26,7 @@ from tyro.constructors import (
 from fastmim import __version__, recipes
 from fastmim.cli_bench import Bench, bench
 from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
+from fastmim.cli_embed import Embed, embed
 from fastmim.cli_options import (
     Demo,
     Doctor,
@@ -312,6 +313,7 @@ COMMANDS = {
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
     "select": Command(Select, select, "select RUN"),
+    "embed": Command(Embed, embed, "embed RUN DATA..."),
     "bench": Command(Bench, bench, "bench [DATA]"),
     "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),

@@ -262,7 +262,7 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
         what = f"{config.method.model} on {len(train)} images of {sizes}"
         log.say(f"{folder}: {what}, {steps} steps on {device}")
         kept = Checkpoints(folder / "checkpoints", system.keep)
-        with lost_workers(folder):
+        with lost_workers(f"'fastmim resume {folder}'"):
             state = Fit(task, loader, course, kept, log, device, here).run()
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 TOP = {
     *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *("cli", "cli_bench", "cli_data", "cli_options", "choose", "speed"),
+    *("cli", "cli_bench", "cli_data", "cli_options", "choose", "speed", "contact_sheet", "cli_embed", "embedding"),
 }
 LIGHT = ["fastmim", "fastmim.errors", "fastmim.seeding", "fastmim.config", "fastmim.recipes", "fastmim.cli"]
 
