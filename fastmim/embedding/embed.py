@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -68,7 +68,7 @@ def embed(
     *,
     out: str | Path = "features.npz",
     model: nn.Module | None = None,
-    pool: Literal["mean", "tokens"] = "mean",
+    pool: str = "mean",
     resolution: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
@@ -199,7 +199,7 @@ def _compute(
     with (
         StopRequest() as stop,
         lost_workers("the same command"),
-        Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar,
+        _bar() as bar,
         contextlib.closing(_closable(loader)) as batches,
     ):
         shown = bar.add_task("features", total=len(table), completed=start)
@@ -209,10 +209,11 @@ def _compute(
             last = start + (int(batch["indices"][0]) // size + 1) * size
             waiting.add(found, start + batch["indices"])
             bar.update(shown, completed=min(last, len(table)))
-            if stop or time.monotonic() - saved >= SECONDS:
+            stopped = bool(stop)
+            if stopped or time.monotonic() - saved >= SECONDS:
                 waiting.write(min(last, len(table)), loader.bad)
                 saved = time.monotonic()
-            if stop:
+            if stopped:
                 break
         else:
             waiting.write(len(table), loader.bad)
@@ -225,6 +226,10 @@ def _compute(
 
 def _closable(loader: EvalLoader) -> Generator[Mapping[str, Tensor], None, None]:
     yield from loader
+
+
+def _bar() -> Progress:
+    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 class _Waiting:
@@ -277,7 +282,9 @@ def _finish(
     if pictures:
         from fastmim.embedding.pictures import draw_pictures
 
-        drawn = draw_pictures(path, config, good, parts, classes, opened.name, seed)
+        with _bar() as bar:
+            bar.add_task("drawing", total=None)
+            drawn = draw_pictures(path, config, good, parts, classes, opened.name, seed)
     done = Embedded(path, drawn, parts.images, parts.dim, len(bad))
     parts.remove()
     return done

@@ -58,7 +58,7 @@ def lay_out(features: Float[Tensor, "n D"], seed: int) -> Map:
     points, method = start[:, :2].numpy(), "PCA"
     if len(unit) >= FEWEST and float(start.std()) > 0:
         if importlib.util.find_spec("sklearn") is None:
-            method = "PCA; pip install 'fastmim[eval]' for t-SNE"
+            method = "PCA (without scikit-learn)"
         else:
             points, method = _tsne(start.float().numpy(), seed), "t-SNE"
     low, high = points.min(0), points.max(0)
@@ -118,9 +118,8 @@ def draw_map(found: Map, config: Config, table: ImageTable, classes: Classes | N
     mosaic = _mosaic(chosen, config, table, cells, coloured)
     figure.figimage(mosaic, width - _MARGIN - _SIDE, _MARGIN, origin="upper")
     some = f"{len(table):,} of {total:,} images" if len(table) < total else f"{total:,} images"
-    said = f"{found.method} of {some}: what lies near is alike to the network"
-    said += f"; a thumbnail stands for its cell ({len(chosen):,} are shown)"
-    words = [(f"Features of {name}", 22, 14, _INK), (said, 48, 10, _PALE)]
+    said = f"{found.method} of {some}; near is alike to the network; each cell shows one image"
+    words = [(f"Features of {shortened(name)}", 22, 14, _INK), (said, 48, 10, _PALE)]
     for text, down, size, colour in words:
         figure.text(
             _MARGIN / width, 1 - down / height, text, fontsize=size, color=colour, va="center", parse_math=False
@@ -166,10 +165,12 @@ def _look(label: int) -> dict[str, Any]:
 
 def _scatter(axes: Axes, points: Float32[np.ndarray, "n 2"], classes: Classes) -> None:
     labels = np.asarray(classes.labels)
-    size = float(np.clip(30_000 / len(points), 14, 80))
+    size = float(np.clip(30_000 / len(points), 18, 80))
     for label in np.unique(labels).tolist():
         here = points[labels == label]
-        axes.scatter(*here.T, s=size, **_look(label), alpha=0.75, linewidths=0.3, edgecolors="white")
+        look = _look(label)
+        spread = 1.6 if look["marker"] in "PX*" else 1.0  # they have little area for their width
+        axes.scatter(here[:, 0], here[:, 1], s=spread * size, **look, alpha=0.75, linewidths=0.3, edgecolors="white")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_color("#d5d5d0")
@@ -183,6 +184,11 @@ def _per_row(classes: Classes) -> int:
     """Names of a row: as many as have room beside each other."""
     longest = min(28, max(len(plain(name)) for name in classes.names))
     return min(len(classes.names), (2 * _SIDE + _MARGIN) // (34 + 9 * longest))
+
+
+def shortened(text: str, most: int = 45) -> str:
+    """The end of a name, which says most of a path."""
+    return text if len(text) <= most else "..." + text[3 - most :]
 
 
 def _legend(axes: Axes, classes: Classes, rows: int, width: int) -> None:

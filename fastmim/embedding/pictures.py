@@ -14,7 +14,7 @@ from fastmim.contact_sheet import stacked, thumbnails, tiled
 from fastmim.data.table import ImageTable
 from fastmim.embedding.folders import Classes
 from fastmim.embedding.formats import plain
-from fastmim.embedding.map import draw_map, lay_out, most_images
+from fastmim.embedding.map import draw_map, lay_out, most_images, shortened
 from fastmim.embedding.parts import Parts
 from fastmim.tasks.probe import nearest_neighbours
 from fastmim.train.checkpoint import write_file
@@ -68,9 +68,11 @@ def _neighbours_sheet(config: Config, table: ImageTable, parts: Parts, classes: 
     places, cosines = neighbours(torch.from_numpy(parts.take(gallery)))
     rows = np.asarray(gallery)[places.numpy()]
     tiles = thumbnails(config, table.take(rows.reshape(-1)), TILE)
-    captions = [text for row, cosine in zip(rows, cosines, strict=True) for text in _captions(row, cosine, classes)]
-    frames = [colour for row in rows for colour in _frames(row, classes)]
-    title = f"{name}: an image, and its nearest by cosine among {len(gallery):,}"
+    captions = [
+        text for row, cosine in zip(rows.tolist(), cosines, strict=True) for text in _captions(row, cosine, classes)
+    ]
+    frames = [colour for row in rows.tolist() for colour in _frames(row, classes)]
+    title = f"{shortened(name)}: an image, and its nearest by cosine among {len(gallery):,}"
     title += "; blue: of its class folder, orange: of another" if classes is not None else ""
     return stacked([tiled(tiles, title, rows.shape[1], captions=captions, frames=frames)])
 
