@@ -19,6 +19,7 @@ _PUBLIC = {
     "distill": "fastmim.transfer",
     "predict": "fastmim.predict",
     "select": "fastmim.choose",
+    "embed": "fastmim.embedding.embed",
     "scan": "fastmim.data.sources.scan",
     "prepare_images": "fastmim.data.prepared.prepare",
     "bench": "fastmim.speed.compare",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from fastmim.config import Config as Config
     from fastmim.data.prepared.prepare import prepare_images as prepare_images
     from fastmim.data.sources.scan import scan as scan
+    from fastmim.embedding.embed import embed as embed
     from fastmim.errors import UserError as UserError
     from fastmim.mim.decoder import CrossDecoder as CrossDecoder
     from fastmim.mim.decoder import LinearDecoder as LinearDecoder

@@ -11,29 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float64, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Float64
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from fastmim.backbones.hiding import whole_network
 from fastmim.config import Config
+from fastmim.contact_sheet import stacked, thumbnails, tiled
 from fastmim.data.loader import EvalLoader
 from fastmim.data.table import WHOLE, ImageTable
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.run_images import find_images, plain_pictures, split
 from fastmim.run_network import bare_network, trained_model
-from fastmim.tasks.pretrain import viewable
 from fastmim.tasks.selection import Selector
 from fastmim.train.checkpoint import write_file
 from fastmim.train.device import pick_device, pick_workers
 
 _LEARN_FROM = 2000
 _BATCH = 64
-_SHOWN = 24
-_ACROSS, _TILE, _GAP, _TITLE = 8, 96, 4, 28
+_SHOWN, _TILE = 24, 96
 
 
 @dataclass(frozen=True)
@@ -163,26 +161,7 @@ def _contact_sheet(config: Config, table: ImageTable, scores: Float64[Tensor, " 
     count = min(_SHOWN, len(table))
     parts = []
     for title, rows in (("highest", range(count)), ("lowest", range(len(table) - count, len(table)))):
-        loader = EvalLoader(plain_pictures(config, table.take(rows)), resolution=_TILE, batch_size=_SHOWN)
-        tiles = torch.cat([viewable(batch["images"], config) for batch in loader])
         first, last = scores[rows[0]], scores[rows[-1]]
-        parts.append(_tiled(tiles, f"the {count} {title} scores: {first:.4g} to {last:.4g}"))
-    width, height = parts[0].size
-    sheet = Image.new("RGB", (width, 2 * height))
-    for place, part in enumerate(parts):
-        sheet.paste(part, (0, place * height))
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return file.getvalue()
-
-
-def _tiled(tiles: UInt8[Tensor, "n 3 s s"], title: str) -> Image.Image:
-    """Tiles row by row below a title."""
-    pitch = _TILE + _GAP
-    part = Image.new("RGB", (_ACROSS * pitch + _GAP, _TITLE + math.ceil(len(tiles) / _ACROSS) * pitch + _GAP), "white")
-    ImageDraw.Draw(part).text((_GAP, _GAP), title, "black", ImageFont.load_default(16))
-    for number, tile in enumerate(tiles):
-        across, down = number % _ACROSS, number // _ACROSS
-        picture = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy())
-        part.paste(picture, (_GAP + across * pitch, _TITLE + down * pitch))
-    return part
+        tiles = thumbnails(config, table.take(rows), _TILE)
+        parts.append(tiled(tiles, f"the {count} {title} scores: {first:.4g} to {last:.4g}"))
+    return stacked(parts)

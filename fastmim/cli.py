@@ -27,6 +27,7 @@ from fastmim import __version__, recipes
 from fastmim.cli_bench import Bench, bench
 from fastmim.cli_compare import Compare, compare
 from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
+from fastmim.cli_embed import Embed, embed
 from fastmim.cli_options import (
     Demo,
     Doctor,
@@ -325,6 +326,7 @@ COMMANDS = {
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
     "select": Command(Select, select, "select RUN"),
+    "embed": Command(Embed, embed, "embed RUN DATA..."),
     "bench": Command(Bench, bench, "bench [DATA]"),
     "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from fastmim import recipes
-from fastmim.backbones.adapter import build
 from fastmim.backbones.hiding import require_backbone, whole_network
 from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
@@ -44,7 +43,7 @@ from fastmim.run_network import (
     with_micro_batch,
 )
 from fastmim.seeding import derive
-from fastmim.starts import fill, with_start
+from fastmim.starts import fill, open_backbone, with_start
 from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.probe import run_probe
 from fastmim.tasks.resolve import resolve
@@ -198,29 +197,16 @@ def probe(
         The content of probe.json (docs/design.md), which is also written into the run's folder, with a new report.
     """
     labels = labelled(data, seed=seed)
-    run = target if isinstance(target, Run) else Run(target) if (Path(target) / "config.yaml").is_file() else None
-    if run is not None:
-        config = run.config
-        side = resolution or config.data.resolution
-        trained, untrained = trained_network(run, model, side), untrained_network(config, model, side)
-        mean, std, name = config.data.mean, config.data.std, config.method.model
-        raw = config.data.values == "raw"
-        assert mean is not None and std is not None
-    else:
-        side, name = resolution or 128, str(target)
-        trained = build(name, side, pretrained=True)
-        torch.manual_seed(derive(seed, "init"))
-        # A folder's network may differ from timm's of that name; its size is chosen here.
-        shape = {word: value for word, value in trained.create_args.items() if word != "img_size"}
-        untrained = build(trained.architecture, side, model_args=shape)
-        mean, std, raw = trained.model.pretrained_cfg["mean"], trained.model.pretrained_cfg["std"], False
+    opened = open_backbone(target, resolution, model=model, seed=seed)
     at = pick_device(device)
     result = run_probe(
-        trained.to(at), untrained.to(at), labels, resolution=side, mean=mean, std=std, device=at, fraction=fraction,
-        subsets=subsets, seed=seed, workers=pick_workers(workers, at), raw=raw, model=name,
+        opened.backbone.to(at), opened.untrained().to(at), labels, resolution=opened.resolution, mean=opened.mean,
+        std=opened.std, device=at, fraction=fraction, subsets=subsets, seed=seed,
+        workers=pick_workers(workers, at), raw=opened.raw, model=opened.name,
     )  # fmt: skip
     result = {"data": str(data), **result}
-    if run is not None:
+    if isinstance(target, Run) or (Path(target) / "config.yaml").is_file():
+        run = target if isinstance(target, Run) else Run(target)
         run.write("probe.json", result)
         write_report(run.path)
     return result
@@ -274,7 +260,7 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
         for line in [*lines, f"{folder}: {what}, {steps} steps on {device}"]:
             log.say(line)
         kept = Checkpoints(folder / "checkpoints", system.keep)
-        with lost_workers(folder):
+        with lost_workers(f"'fastmim resume {folder}'"):
             state = Fit(task, loader, course, kept, log, device, here).run()
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where weights come from: a run, timm, a folder, a released checkpoint, or nowhere; read in one way for all."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,8 +224,8 @@ class Opened:
     channels: int
     resolution: int
     name: str
-    untrained: Network
-    """The same network before any training."""
+    untrained: Callable[[], Network]
+    """Builds the same network before any training."""
 
 
 def open_backbone(
@@ -252,7 +253,8 @@ def open_backbone(
             side = resolution or config.data.resolution
             mean, std, raw = config.data.mean, config.data.std, config.data.values == "raw"
             assert mean is not None and std is not None
-            network, fresh = trained_network(run, model, side), untrained_network(config, model, side)
+            fresh = functools.partial(untrained_network, config, model, side)
+            network = trained_network(run, model, side)
             return Opened(network, mean, std, raw, len(mean), side, config.method.model, fresh)
     start = read_start(word)
     side = resolution or start.resolution or 128
@@ -260,10 +262,13 @@ def open_backbone(
     native = build(start.name, start.resolution or side, model_args=args)
     if start.weights is not None:
         load_weights(native.model, start.weights, start.word)
-    torch.manual_seed(derive(seed, "init"))
-    fresh = build(start.name, side, model_args=args)
+
+    def untrained() -> Network:
+        torch.manual_seed(derive(seed, "init"))
+        return build(start.name, side, model_args=args)
+
     return Opened(
-        whole_network(native, side), start.mean, start.std, start.raw, start.channels, side, start.name, fresh
+        whole_network(native, side), start.mean, start.std, start.raw, start.channels, side, start.name, untrained
     )
 
 

@@ -237,7 +237,7 @@ def _fit(
         f"{config.method.model} from {config.method.start}, {len(found.train)} images of {len(found.classes)} classes"
     )
     log.say(f"{run.path}: {what} at {config.data.resolution} px, {steps} steps on {device}")
-    with lost_workers(run.path):
+    with lost_workers(f"'fastmim resume {run.path}'"):
         return Fit(task, loader, course, Checkpoints(run.path / "checkpoints", system.keep), log, device, here).run()
 
 

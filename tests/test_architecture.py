@@ -27,8 +27,9 @@ MAY_IMPORT = {
 }
 TOP = {
     *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_options", "cli_transfer", "choose", "comparing", "speed"),
-    *("starts", "transfer", "transfer_setup", "outcome", "predict", "significance"),
+    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_embed", "cli_options", "cli_transfer"),
+    *("choose", "comparing", "contact_sheet", "embedding", "outcome", "predict", "significance", "speed", "starts"),
+    *("transfer", "transfer_setup"),
 }
 LIGHT = ["fastmim", "fastmim.errors", "fastmim.seeding", "fastmim.config", "fastmim.recipes", "fastmim.cli"]
 

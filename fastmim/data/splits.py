@@ -23,7 +23,7 @@ from fastmim.seeding import derive
 Classes = Mapping[str, list[int]]
 """Class -> rows of the table."""
 WANTED = "wanted class folders with images, train/ and val/ or test/ with class folders, or a .csv with path and label"
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ def class_rows(table: ImageTable) -> dict[str, dict[str, list[int]]]:
     for row, parts in enumerate(every):
         if not split and len(parts) > 1:
             found.setdefault("train", {}).setdefault(parts[0], []).append(row)
-        elif split and len(parts) > 2 and parts[0] in _PARTS:
-            found.setdefault(_PARTS[parts[0]], {}).setdefault(parts[1], []).append(row)
+        elif split and len(parts) > 2 and parts[0] in PARTS:
+            found.setdefault(PARTS[parts[0]], {}).setdefault(parts[1], []).append(row)
     return found
 
 
@@ -220,7 +220,7 @@ def _listed(path: str, table: ImageTable) -> dict[str, dict[str, list[int]]]:
         if not any(cells):
             continue
         name, label, split = (cells[column] if 0 <= column < len(cells) else "" for column in columns)
-        part = _PARTS.get(split.strip().lower() or "train")
+        part = PARTS.get(split.strip().lower() or "train")
         if part is None or not label.strip():
             wrong = f"split {split!r}" if part is None else "no label"
             raise UserError(f"{path!r}, line {number}: {wrong}; wanted a label, and train, val or test as split")

@@ -13,7 +13,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -103,8 +102,11 @@ def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
 
 
 @contextlib.contextmanager
-def lost_workers(run: Path) -> Iterator[None]:
+def lost_workers(command: str) -> Iterator[None]:
     """One line where torch has many: it raises wherever the main process is when a worker dies.
+
+    Args:
+        command: what goes on with the work.
 
     Raises:
         UserError: a worker was killed, or gave no answer for too long.
@@ -117,7 +119,7 @@ def lost_workers(run: Path) -> Iterator[None]:
         reason = str(error).splitlines()[0].removeprefix("DataLoader ")
         raise UserError(
             f"a process that reads images was lost ({reason}): out of memory, or a file that takes too long?"
-            f" Go on with 'fastmim resume {run}', perhaps with fewer --workers"
+            f" Go on with {command}, perhaps with fewer --workers"
         ) from None
 
 

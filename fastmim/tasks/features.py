@@ -20,6 +20,11 @@ def pool(maps: list[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D"]:
     return maps[-1].mean(dim=(2, 3))
 
 
+def tokens(maps: list[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D"]:
+    """All positions of the last map, as one vector for each image: D = channels * height * width, in that order."""
+    return maps[-1].flatten(1)
+
+
 def features(
     network: nn.Module,
     loader: Iterable[Mapping[str, Tensor]],
@@ -27,6 +32,7 @@ def features(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     *,
+    pooling: Callable[[list[Tensor]], Tensor] = pool,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
     """The pooled features of every image in float32 on the CPU, and the labels where the loader has them.
@@ -38,6 +44,7 @@ def features(
         device: where the network is.
         mean: what is subtracted from each colour (0 to 1).
         std: what each colour is divided by.
+        pooling: makes one vector of an image's maps.
         progress: called after each batch.
 
     Raises:
@@ -47,7 +54,7 @@ def features(
     scale = torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def encode(images: Tensor) -> Tensor:
-        return pool(network((as_floats(images.to(device)) - shift) / scale)).float().cpu()
+        return pooling(network((as_floats(images.to(device)) - shift) / scale)).float().cpu()
 
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -6,11 +6,12 @@ notices a flipped bit, so the sums are checked at every load and a damaged check
 ``sha256sum -c SHA256SUMS`` checks them by hand.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,22 @@ class Checkpoints:
 
 def write_file(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a reader sees the old content or the new, never a part."""
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which then takes the place of ``path`` as a whole, once it has reached the disk."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    _write(scratch, content)
-    scratch.replace(path)
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
