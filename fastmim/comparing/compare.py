@@ -93,12 +93,10 @@ def compare(
     Raises:
         UserError: a start, a setting or a folder that does not fit.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds is {seeds}, but at least one is needed, and three to show anything")
     starts, settings = find_starts(inits, model), label_settings(labels)
-    shared = {"steps": steps, "epochs": epochs, "global_batch": global_batch, "device": device}
-    shared |= {"resolution": resolution or _resolution(starts), **_as_pretrained(starts), **words}
-    shared |= {"shuffle_labels": True} if shuffle_labels else {}
+    shared: dict[str, Any] = {"steps": steps, "epochs": epochs, "global_batch": global_batch, "device": device}
+    shared |= {"shuffle_labels": shuffle_labels or None, "resolution": resolution or _resolution(starts)}
+    shared |= {**_as_pretrained(starts), **words}
     folder = Path(out) if out else free_folder(Path("runs/compare"), _name(data))
     plan = _plan(str(data), starts, settings, seeds, dict(chosen(shared)), folder)
     _announce(starts, inits, say)
@@ -123,6 +121,8 @@ def _plan(
     data: str, starts: Starts, settings: tuple[str, ...], seeds: int, words: dict[str, Any], folder: Path
 ) -> Plan:
     """The grid, and its folder; a mistake in the images is told here, before hours are spent."""
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}, but at least one is needed, and three to show anything")
     sets = labelled(data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
