@@ -187,14 +187,14 @@ def test_leaks_are_found_exactly(tmp_path: Path) -> None:
     changed = {
         5: lambda image: image,
         20: lambda image: image.point(lambda value: min(255, int(value * 1.1))),
-        41: lambda image: image.resize((128, 128)),
+        33: lambda image: image.resize((128, 128)),
     }
     for index, change in changed.items():
         change(Image.open(test / f"{index:03d}.jpg")).save(others / f"near {index}.png")
     leak = compare_tables("others", scan([str(others)]), scan([str(test)]), 3, False)
-    assert (leak.exact, leak.near, leak.images) == ((3, 17), (5, 20, 41), 45)
+    assert (leak.exact, leak.near, leak.images) == ((3, 17), (5, 20, 33), 45)
     assert leak.examples[0] == (f"{test}/003.jpg", f"{others}/copy 3.jpg", "exact")
-    assert leak.examples[-1] == (f"{test}/041.jpg", f"{others}/near 41.png", "near")
+    assert leak.examples[-1] == (f"{test}/033.jpg", f"{others}/near 33.png", "near")
     some = compare_tables("others", scan([str(others)]), scan([str(test)]), 3, False, most=10)
     assert some.exact == (3, 17) and some.opened == 10 and "10 of them" in some.note
 
@@ -367,3 +367,28 @@ def test_the_command_line(images: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "[18/18]" in output and "good helped: " in output and f"{tmp_path / 'c' / 'comparison.html'}" in output
     assert main(["compare", str(images)]) == 2
     assert "compare needs START,..." in capsys.readouterr().err
+
+
+def test_folders_and_seeds_that_do_not_fit(images: Path, tmp_path: Path) -> None:
+    run = pretrained(tmp_path / "good", 1.0)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be written to"):
+        compared(images, tmp_path / "file", run)
+    with pytest.raises(UserError, match="at least one is needed"):
+        compared(images, tmp_path / "c", run, seeds=0)
+
+
+def test_a_budget_that_is_not_the_same_is_said(images: Path, tmp_path: Path) -> None:
+    run, out = pretrained(tmp_path / "good", 1.0), tmp_path / "c"
+    compared(images, out, run)
+    file = next((out / "runs").glob("good-*-1/finetune.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "steps": 999}), encoding="utf-8")
+    notes = compared(images, out, run).facts["notes"]
+    assert "Not the same for all: steps, 200 (scratch) and 999 (good)." in notes
+
+
+def test_a_comparison_of_hints_asks_for_more_seeds(tmp_path: Path) -> None:
+    """All seeds agree and by more than their spread, yet chance cannot be excluded: that is no plain no."""
+    measured, plan = synthetic({"scratch": [[0.4, 0.48]], "a": [[0.5, 0.53]]}, tmp_path)
+    text = sentence(judge(measured, plan, np.ones(2000, bool)), plan)
+    assert text.startswith("Nothing is shown, for too few seeds: ") and "more seeds may show it" in text

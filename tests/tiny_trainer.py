@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fastmim.config import Config, update
+from fastmim.data.augment import Box
 from fastmim.data.labelled import Labelled, labelled
 from fastmim.data.pictures import Pictures
 from fastmim.data.table import ImageTable
@@ -25,6 +26,7 @@ from fastmim.run_folder import Run
 
 SIDE = 24
 DIMNESS = 0.7
+SEEN: dict[Any, np.ndarray] = {}
 ANGLES = {"lying": np.pi / 2, "slanted": np.pi / 4, "upright": 0.0}
 
 
@@ -114,8 +116,13 @@ def subset(sets: Labelled, labels: str | None, seed: int) -> list[int]:
 
 def pixels(table: ImageTable) -> np.ndarray:
     """[n, side, side], grey, 0 to 1."""
-    from fastmim.data.augment import Box
+    key = (table.fingerprint, table.containers)
+    if key not in SEEN:
+        SEEN[key] = _pixels(table)
+    return SEEN[key]
 
+
+def _pixels(table: ImageTable) -> np.ndarray:
     opened = (Pictures(table).open(row) for row in range(len(table)))
     return np.stack([one.crop(Box(0, 0, one.width, one.height), SIDE).numpy().mean(0) / 255 for one in opened])
 

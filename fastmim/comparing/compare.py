@@ -19,8 +19,9 @@ from fastmim.config import DataConfig
 from fastmim.data.labelled import labelled
 from fastmim.errors import UserError
 from fastmim.report.facts import shell_word
-from fastmim.run_folder import free_folder
+from fastmim.run_folder import free_folder, locked
 
+ON_COMMAND_LINE = ("steps", "epochs", "global_batch", "resolution", "device")
 FEW = 30
 """Test images that must be left without the leaked ones; with fewer, all are judged."""
 
@@ -92,36 +93,43 @@ def compare(
     Raises:
         UserError: a start, a setting or a folder that does not fit.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds is {seeds}, but at least one is needed, and three to show anything")
-    starts = find_starts(inits, model)
-    settings = label_settings(labels)
-    shared = {"steps": steps, "epochs": epochs, "global_batch": global_batch, "device": device}
-    shared |= {"resolution": resolution or _resolution(starts), **_as_pretrained(starts), **words}
-    if shuffle_labels:
-        shared["shuffle_labels"] = True
+    starts, settings = find_starts(inits, model), label_settings(labels)
+    shared: dict[str, Any] = {"steps": steps, "epochs": epochs, "global_batch": global_batch, "device": device}
+    shared |= {"shuffle_labels": shuffle_labels or None, "resolution": resolution or _resolution(starts)}
+    shared |= {**_as_pretrained(starts), **words}
     folder = Path(out) if out else free_folder(Path("runs/compare"), _name(data))
-    sets = labelled(data)  # a mistake in the images is told before hours are spent
-    plan = Plan(
-        data=str(data),
-        state=f"{sets.train.fingerprint} {sets.val.fingerprint}",
-        starts=starts.all,
-        labels=settings,
-        seeds=tuple(range(seeds)),
-        words=dict(chosen(shared)),
-        models=_models(starts),
-        out=folder,
-    )
+    plan = _plan(str(data), starts, settings, seeds, dict(chosen(shared)), folder)
+    _announce(starts, inits, say)
+    leaks: list[Leak] = []
+    with locked(folder):
+        complete = run_all(plan, trainer or _finetune(), say, lambda: leaks.extend(_leaks(plan, leakage, say)))
+        rounds = whole_rounds(plan)
+        if not rounds:
+            return Comparison(folder, "Interrupted before one round was complete.", {}, True)
+        return _conclude(plan, starts, rounds, leaks, shuffle_labels, not complete)
+
+
+def _announce(starts: Starts, inits: Sequence[str], say: Say) -> None:
+    """Says what was not asked for, and what is not the same for all."""
     if SCRATCH not in [str(text).strip() for text in inits]:
         say("scratch is added: without untrained weights nothing can be said to help")
     for start in starts.others:
         say(f"{start.name} is another network ({start.network}, not {starts.network}): that differs too")
-    leaks: list[Leak] = []
-    complete = run_all(plan, trainer or _finetune(), say, lambda: leaks.extend(_leaks(plan, leakage, say)))
-    rounds = whole_rounds(plan)
-    if not rounds:
-        return Comparison(folder, "Interrupted before one round was complete; the same command goes on.", {}, True)
-    return _conclude(plan, starts, rounds, leaks, shuffle_labels, not complete)
+
+
+def _plan(
+    data: str, starts: Starts, settings: tuple[str, ...], seeds: int, words: dict[str, Any], folder: Path
+) -> Plan:
+    """The grid, and its folder; a mistake in the images is told here, before hours are spent."""
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}, but at least one is needed, and three to show anything")
+    sets = labelled(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written to: {error.strerror}") from None
+    state = f"{sets.train.fingerprint} {sets.val.fingerprint}"
+    return Plan(data, state, starts.all, settings, tuple(range(seeds)), words, _models(starts), folder)
 
 
 def _conclude(
@@ -258,9 +266,11 @@ def _command(plan: Plan, shuffled: bool) -> str:
     """The command that repeats the comparison."""
     words = ["fastmim", "compare", plan.data, "--inits", ",".join(start.start for start in plan.starts)]
     shared = next((model["model"] for model in plan.models.values() if model), None)
-    options = {"model": shared, "labels": ",".join(plan.labels), "seeds": len(plan.seeds), **plan.words}
-    for name, value in options.items():
-        if value is not None and name != "shuffle_labels":
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    options = {"model": shared, "labels": ",".join(plan.labels), "seeds": len(plan.seeds)}
+    options |= {name: plan.words.get(name) for name in ON_COMMAND_LINE}
+    for name, value in chosen(options):
+        words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--shuffle-labels"] if shuffled else []
-    return " ".join(shell_word(word) for word in [*words, "--out", str(plan.out)])
+    further = {name: value for name, value in plan.words.items() if name not in (*ON_COMMAND_LINE, "shuffle_labels")}
+    note = f"  # from Python, with {further}" if further else ""
+    return " ".join(shell_word(word) for word in [*words, "--out", str(plan.out)]) + note

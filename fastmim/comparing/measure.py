@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from fastmim.comparing.plan import Cell, Plan
+from fastmim.comparing.starts import SCRATCH
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.significance import Outcome, compare_pair, detectable, holm, outcome, wilson
@@ -80,7 +81,7 @@ class Difference:
         low: lower end of the 95 % interval, for other seeds and images.
         high: its upper end.
         p: of other seeds and images, before correction.
-        corrected: after Holm's correction over all differences of the comparison.
+        corrected: after Holm's correction over all differences from untrained weights, or over all others.
         outcome: helped, hurt or unclear, for ``a``.
         detectable: the difference that would have been shown four times out of five.
     """
@@ -178,8 +179,15 @@ def judge(measured: Measured, plan: Plan, kept: Bool[np.ndarray, " images"]) -> 
         scores.append(_score(key, shown[key], train[key], constant))
     keys = [(labels, b.name, a.name) for labels in plan.labels for a, b in itertools.combinations(plan.starts, 2)]
     pairs = [compare_pair(shown[labels, a], shown[labels, b]) for labels, a, b in keys]
+    # Two questions, each corrected for itself: does a start help, and which is the best of those that do?
+    families = [[place for place, key in enumerate(keys) if (key[2] == SCRATCH) is first] for first in (True, False)]
+    corrections: dict[int, tuple[float, int]] = {}
+    for family in families:
+        for place, corrected in zip(family, holm([pairs[place].p for place in family]), strict=True):
+            corrections[place] = (corrected, len(family))
     differences = []
-    for (labels, a, b), pair, corrected in zip(keys, pairs, holm([pair.p for pair in pairs]), strict=True):
+    for place, ((labels, a, b), pair) in enumerate(zip(keys, pairs, strict=True)):
+        corrected, comparisons = corrections[place]
         differences.append(
             Difference(
                 labels=labels,
@@ -193,7 +201,7 @@ def judge(measured: Measured, plan: Plan, kept: Bool[np.ndarray, " images"]) -> 
                 p=pair.p,
                 corrected=corrected,
                 outcome=outcome(pair, corrected),
-                detectable=100 * detectable(pair, len(pairs)),
+                detectable=100 * detectable(pair, comparisons),
             )
         )
     seeds = len(next(iter(shown.values())))

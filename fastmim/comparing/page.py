@@ -12,7 +12,7 @@ from typing import Any
 from fastmim.comparing.measure import Measured
 from fastmim.comparing.plan import said
 from fastmim.comparing.starts import SCRATCH
-from fastmim.comparing.verdict import chance_of
+from fastmim.comparing.verdict import MOST_POINTS, chance_of
 from fastmim.report.curves import SIDE, Chart, Line, nice_ticks, tick_label
 from fastmim.report.facts import duration
 from fastmim.report.page import COLOURS, render
@@ -73,7 +73,7 @@ def content(facts: Record) -> Record:
         "settings": [_setting(facts, labels, colours) for labels in facts["labels"]],
         "chart": _chart(facts, colours),
         "matrices": [_matrix(facts, labels, colours) for labels in facts["labels"]],
-        "count": len(facts["differences"]),
+        "counts": _counts(facts),
         "several": len(facts["seeds"]) > 1,
         "cost": [_cost_row(row, colours) for row in facts["cost"]],
         "leaks": [_leak(leak, facts["test"]) for leak in facts["leakage"]],
@@ -151,14 +151,18 @@ def _difference(one: Record) -> Record:
     """A difference as the page shows it."""
     spread = f", spread {one['spread']:.1f}" if one["spread"] is not None else ""
     return {
-        "points": one["points"],
-        "clear": one["outcome"] != "unclear",
+        "points": _unsigned_zero(one["points"]),
+        "shown": one["outcome"] != "unclear",
         "interval": f"{one['low']:+.1f} to {one['high']:+.1f}",
         "chance": chance_of(one["corrected"]),
         "spread": spread,
         "outcome": OUTCOMES[one["outcome"]],
-        "detectable": "" if one["detectable"] is None else f"{one['detectable']:.1f}",
     }
+
+
+def _unsigned_zero(points: float) -> float:
+    """0.0 for what would be written as -0.0."""
+    return points if abs(points) >= 0.05 else 0.0
 
 
 def _chart(facts: Record, colours: dict[str, int]) -> Chart | None:
@@ -216,15 +220,28 @@ def _matrix(facts: Record, labels: str, colours: dict[str, int]) -> Record:
                 cells.append(None)
                 continue
             points = one["points"] if (name, other) in table else -one["points"]
-            cells.append({**_difference(one), "points": points})
+            cells.append({**_difference(one), "points": _unsigned_zero(points)})
         rows.append({"name": name, "colour": colours[name], "cells": cells})
-    needed = [one["detectable"] for one in table.values() if one["detectable"] is not None]
+    needed = max(math.inf if one["detectable"] is None else one["detectable"] for one in table.values())
+    if needed < MOST_POINTS:
+        power = (
+            f"True differences of {needed:.1f} points or more would have been shown, each four times out of five; "
+            "smaller ones may be there unseen."
+        )
+    else:
+        power = "With so few seeds, of such a spread, some of these differences could not have been shown at any size."
     return {
         "title": said(labels)[0].upper() + said(labels)[1:],
         "names": [{"name": name, "colour": colours[name]} for name in names],
         "rows": rows,
-        "detectable": f"{max(needed):.1f}" if needed else "",
+        "detectable": power,
     }
+
+
+def _counts(facts: Record) -> tuple[int, int]:
+    """Differences from untrained weights, and others."""
+    first = sum(one["b"] == SCRATCH for one in facts["differences"])
+    return first, len(facts["differences"]) - first
 
 
 def _cost_row(row: Record, colours: dict[str, int]) -> Record:

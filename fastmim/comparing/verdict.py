@@ -7,6 +7,8 @@ from fastmim.comparing.measure import Difference, Judged
 from fastmim.comparing.plan import Plan, said
 from fastmim.comparing.starts import SCRATCH
 
+MOST_POINTS = 50
+"""An experiment that shows only larger differences shows none."""
 WORDS = {"helped": "helped", "hurt": "hurt"}
 
 
@@ -89,7 +91,18 @@ def _nothing(judged: Judged, differences: Sequence[Difference], above: bool) -> 
     )
     if not above:
         return f"Nothing helped, and nothing beats chance ({judged.chance:.1f} %): {figures}"
+    hints = [one for one in differences if _hint(one)]
+    if hints:
+        return f"Nothing is shown, for too few seeds: {figures}; more seeds may show it"
+    if not best.detectable < MOST_POINTS:
+        return f"Nothing is shown: {figures}, and no difference could have been: more seeds are needed"
     return f"Nothing helped: {figures}; a difference of {best.detectable:.1f} points would have been shown"
+
+
+def _hint(one: Difference) -> bool:
+    """Whether all seeds agree, by more than their spread, and only the p-value is too large."""
+    agree = all(value > 0 for value in one.per_seed) or all(value < 0 for value in one.per_seed)
+    return one.outcome == "unclear" and agree and abs(one.points) > (one.spread or 0)
 
 
 def _one_seed(judged: Judged, against: dict[str, list[Difference]]) -> str:
