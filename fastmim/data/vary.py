@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment for crops in workers: timm's, with a seed for each sample and no trace in the global generators."""
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from fastmim.errors import UserError
@@ -37,12 +39,20 @@ class RandAugment:
             raise UserError(
                 f"rand_augment = {words!r} is not in timm's words ({error}); such as rand-m9-mstd0.5-inc1, or none"
             ) from None
+        for step in self._change.ops:
+            if step.aug_fn is posterize:
+                step.level_fn = functools.partial(_some_bits, step.level_fn)
 
     def __call__(self, pixels: UInt8[Tensor, "3 S S"], key: int) -> UInt8[Tensor, "3 S S"]:
         """The changed crop, a pure function of ``pixels`` and ``key``."""
         with _seeded(key):
             changed = self._change(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+def _some_bits(bits_of: Callable[[float, Any], tuple[int]], magnitude: float, settings: Any) -> tuple[int]:
+    """At the ends of its range timm's posterize keeps 0 bits: a black image, which Pillow 13 refuses to make."""
+    return (max(1, *bits_of(magnitude, settings)),)
 
 
 @contextmanager
