@@ -96,7 +96,8 @@ def compare(
     starts, settings = find_starts(inits, model), label_settings(labels)
     shared: dict[str, Any] = {"steps": steps, "epochs": epochs, "global_batch": global_batch, "device": device}
     shared |= {"shuffle_labels": shuffle_labels or None, "resolution": resolution or _resolution(starts)}
-    shared |= {**_as_pretrained(starts), **words}
+    # What is measured on the way would be the test images, if there are no others, and take time.
+    shared |= {**_as_pretrained(starts), "eval_every": 1.0, **words}
     folder = Path(out) if out else free_folder(Path("runs/compare"), _name(data))
     plan = _plan(str(data), starts, settings, seeds, dict(chosen(shared)), folder)
     _announce(starts, inits, say)
