@@ -143,7 +143,16 @@ def test_zip_bombs(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_its_storage(tmp_path: Path) -> None:
     torch.save({"model": state() | {"pos_embed": torch.zeros(1).expand(1 << 40)}}, tmp_path / "one.pth")
-    refused(tmp_path / "one.pth", "larger than what is stored")
+    refused(tmp_path / "one.pth", "its weights would fill")
+    large = {"x": torch.zeros(1 << 20), "pos_embed": torch.zeros(1).expand(1 << 20)}
+    torch.save({"model": state() | large}, tmp_path / "one.pth")
+    refused(tmp_path / "one.pth", r"pos_embed of shape .* is larger than what is stored")
+
+
+def test_many_names_for_one_tensor(tmp_path: Path) -> None:
+    one = torch.zeros(1 << 18)
+    torch.save({"model": state() | {f"x.{number}": one for number in range(1000)}}, tmp_path / "one.pth")
+    refused(tmp_path / "one.pth", "its weights would fill")
 
 
 def test_configurations(tmp_path: Path) -> None:

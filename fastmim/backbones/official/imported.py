@@ -22,6 +22,8 @@ from fastmim.errors import UserError
 
 LAYOUTS: Sequence[Layout] = (*hugging_face.LAYOUTS, *mmpretrain.LAYOUTS, *vit.LAYOUTS, *staged.LAYOUTS)
 _TIMM = "timm"
+# Batch norm counts its batches only to average over all of them, which no network here does.
+_COUNTER = "num_batches_tracked"
 # Where weights of the network itself lie, in any layout: one without a place would change what is computed.
 _INSIDE = ("blocks.", "layers.", "stages.", "encoder.layer", "encoder.stages.", "patch_embed", "stem", "block1.")
 
@@ -90,14 +92,15 @@ def read_official(path: str | Path, architecture: str | None = None, heads: int 
 def describe(imported: Imported) -> list[str]:
     """Lines for the terminal: what was read, what is left out, what keeps its initial values, and the notes."""
     stock = _shapes(Network(imported.architecture, imported.model_args, imported.resolution))
-    found = len(stock) - len(imported.missing)
+    known = sum(not key.endswith(_COUNTER) for key in stock)
     classifier = imported.weights.keys() - stock.keys()
     args = ", ".join(f"{key}={value}" for key, value in imported.model_args.items())
     size = f", {imported.resolution} px" if imported.resolution else ""
     lines = [
         f"layout: {imported.layout}",
         f"network: {imported.architecture}{f' ({args})' if args else ''}{size}",
-        f"weights: {found} of {len(stock)} of the network" + (" and a classifier" if classifier else ""),
+        f"weights: {known - len(imported.missing)} of {known} of the network"
+        + (" and a classifier" if classifier else ""),
     ]
     if imported.unused:
         lines.append(f"left out: {_grouped(imported.unused)}")
@@ -116,6 +119,7 @@ def _named(hint: str, seen: Network | None, content: Content, own: bool, heads: 
     """The network by its name, from the user or from timm's ``config.json``, with what the weights show of it."""
     import fastmim.backbones.cmt  # noqa: F401, registers CMT with timm
 
+    hint = hint.split(".", maxsplit=1)[0]  # behind the dot stands which of timm's weights
     if not timm.is_model(hint):
         raise UserError(f"timm has no model '{hint}' (`fastmim models` lists those that it has)")
     told = content.config.get("model_args") if own else None
@@ -124,7 +128,7 @@ def _named(hint: str, seen: Network | None, content: Content, own: bool, heads: 
         cfg = content.config.get("pretrained_cfg", {})
         size = (cfg if isinstance(cfg, Mapping) else {}).get("input_size") or [None]
         return Network(hint, args | ({"num_heads": heads} if heads else {}), size[-1])
-    if seen is None:
+    if seen is None or seen.architecture.split("_")[0] != hint.split("_")[0]:
         return Network(hint, {"num_heads": heads} if heads else {})
     kept = {key: value for key, value in seen.model_args.items() if key not in SIZES}
     if "num_heads" in seen.model_args and not seen.notes and _plain(hint):
@@ -180,12 +184,12 @@ def _fit(path: Path, layout: str, converted: Converted, network: Network) -> Imp
         else:
             surplus.append(key)
     unused = (*converted.unused, *surplus)
-    # Batch norm counts its batches only to average over all of them, which no network here does.
-    missing = tuple(key for key in stock if key not in weights and not key.endswith("num_batches_tracked"))
-    found = len(stock) - len(missing)
-    if 2 * found < len(stock):
+    missing = tuple(key for key in stock if key not in weights and not key.endswith(_COUNTER))
+    known = sum(not key.endswith(_COUNTER) for key in stock)
+    found = known - len(missing)
+    if 2 * found < known:
         raise UserError(
-            f"{path}: only {found} of {len(stock)} weights of {network.architecture} are there (missing: "
+            f"{path}: only {found} of {known} weights of {network.architecture} are there (missing: "
             f"{', '.join(missing[:3])} ...; instead: {', '.join(unused[:3]) or 'nothing'}); name the network with "
             "--model"
         )
