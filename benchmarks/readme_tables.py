@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README.md and docs/data.md from results/*.csv, between their marks; ``--check`` only compares.
+"""Writes the tables of README.md and docs/*.md from results/*.csv, between their marks; ``--check`` only compares.
 
 python benchmarks/readme_tables.py
 """
@@ -143,6 +143,19 @@ def _newest_data() -> list[dict[str, str]]:
     return [row for row in found if (row["commit"], row["machine"]) == (found[-1]["commit"], found[-1]["machine"])]
 
 
+def costs() -> str:
+    """Weights and multiply-accumulates of networks beside what their papers print."""
+    newest = {row["network"]: row for row in rows.read("costs")}
+    lines = ["| network | `--model` | px | weights (M) | printed | | GMACs | printed | |", "|---" * 9 + "|"]
+    for row in newest.values():
+        cells = [row["network"], f"`{row['model']}`", row["px"]]
+        for name in ("params_m", "gmacs"):
+            cells += [row[name], row[f"{name}_published"], f"{row[f'{name}_difference']} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    one = next(reversed(newest.values()))
+    return "\n".join([*lines, "", f"(with a head of 1000 classes; one image, forward; timm {one['timm']})"])
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "methods": lambda: methods(short=True),
@@ -152,6 +165,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/methods.md": {"methods": methods, "phases": phases},
     "docs/data.md": {"data": data, "cores": cores},
+    "docs/backbones.md": {"costs": costs},
 }
 
 

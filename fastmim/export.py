@@ -79,12 +79,6 @@ def export_timm(
     return _replace(folder, files)
 
 
-def registration(architecture: str) -> str:
-    """The line of Python that makes timm know a network which is not its own, such as CMT; empty for timm's."""
-    module = timm.model_entrypoint(architecture).__module__
-    return "" if module.partition(".")[0] == "timm" else f"import {module}  # registers {architecture} with timm\n"
-
-
 def export_state(weights: Mapping[str, Tensor], folder: Path, card: Mapping[str, str]) -> Path:
     """Writes the weights of a network that is not timm's, and README.md.
 
@@ -112,11 +106,19 @@ def verify(
         return float((loaded(images)[-1] - backbone_forward(images)[-1]).abs().max())
 
 
+def _registered_by(architecture: str) -> str:
+    """The module whose import makes timm know a network that is not its own, such as CMT; empty for timm's."""
+    module = timm.model_entrypoint(architecture).__module__
+    return "" if module.partition(".")[0] == "timm" else module
+
+
 def _config(
     model: TimmModel, args: dict[str, Any], resolution: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, Any]:
     stock = model.pretrained_cfg
+    module = _registered_by(stock["architecture"])
     return {
+        **({"registered_by": module} if module else {}),
         "architecture": stock["architecture"],
         "num_classes": 0,
         "num_features": model.num_features,
@@ -216,7 +218,8 @@ def _timm_readme(
         "the head, for fine-tuning to train; features without fine-tuning should come from the layers before them:"
     )
     untouched += _list("Discarded in pre-training", fresh, discarded)
-    register = registration(architecture)
+    module = _registered_by(architecture)
+    register = f"import {module}  # registers {architecture} with timm\n" if module else ""
     return f"""{_front(card, ["image-feature-extraction", "timm", "transformers", "fastmim"])}
 # {architecture}
 

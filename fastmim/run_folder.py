@@ -65,6 +65,8 @@ class Run:
         """
         import timm
 
+        import fastmim.backbones.cmt  # noqa: F401, timm does not know it otherwise
+
         if not (self.exported / "config.json").is_file():
             raise UserError(f"{self.path} has no export that timm can load; 'fastmim export {self.path}' writes one")
         arguments = {"num_classes": num_classes, **arguments}

@@ -33,6 +33,7 @@ class Case(NamedTuple):
 # One small network of each kind; the numbers are of the deepest map.
 CASES = [
     Case("cait_xxs24_224", 192, 16, hides="pixels tokens"),
+    Case("cmt_tiny", 368, 32),
     Case("coat_tiny", 152, 32),
     Case("convit_tiny", 192, 16, hides="pixels tokens"),
     Case("convmixer_768_32", 768, 7, resolution=63),
@@ -438,6 +439,7 @@ def test_catalog() -> None:
     found = families()
     assert len(found) >= 90
     assert "resnet50" in found["resnet"]
+    assert found["cmt"] == ["cmt_base", "cmt_small", "cmt_tiny", "cmt_xsmall"]
     assert all(timm.is_model(name) for names in found.values() for name in names)
 
     told = describe("test_convnext")

@@ -44,6 +44,8 @@ CASES = [
     Case("swinv2_tiny_window8_256", 3, "layers.2.blocks.2 layers.3", 2, SMALL_SWIN),
     Case("pvt_v2_b0", 3, "stages.2.blocks.1 stages.3", 2),
     Case("pvt_v2_b0", 1, "stages.3.blocks.1", 3),
+    Case("cmt_tiny", 1, "stages.3.blocks.1", 3),
+    Case("cmt_tiny", 3, "stages.2.blocks.9 stages.3", 2),
     Case("test_convnext", 2, "stages.3", 2),
     Case("convnext_atto", 3, "stages.2.blocks.5 stages.3", 2, {"dims": (8, 16, 24, 32)}),
     Case("resnet10t", 1, "layer4", 3),

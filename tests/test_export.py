@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,14 @@ CASES = {
         (),
         "patch_embed.proj",
         {"img_size": 224, "window_size": 7},
+    ),
+    "cmt": Case(
+        "cmt_small",
+        {"stem_dim": 8, "embed_dims": (8, 16, 32, 32), "depths": (1, 2, 1, 1), "mlp_ratio": 2.0},
+        128,
+        (),
+        "stem.0.conv",
+        {"img_size": 224},
     ),
     "resnet": Case("test_resnet", {}, 96, (), "conv1.0", None),
     "convnext": Case("test_convnext", {}, 96, ("head.norm.weight", "head.norm.bias"), "stem.0", None),
@@ -155,7 +164,7 @@ def test_timm_takes_features_only(exported: Exported) -> None:
 def test_timm_takes_another_size(exported: Exported) -> None:
     size = exported.case.other_size
     loaded = timm.create_model(f"local-dir:{exported.folder}", pretrained=True, **(size or {})).eval()
-    resized = tuple(key for key in exported.network.weights() if "pos_embed" in key or "relative_position" in key)
+    resized = tuple(key for key in exported.network.weights() if re.search("pos_embed|relative_position|pos_bias", key))
     assert_same_weights(loaded.state_dict(), exported, skip=resized)
     side = size["img_size"] if size else 160
     assert loaded(torch.rand(1, 3, side, side)).isfinite().all()
@@ -224,6 +233,7 @@ def test_readme_tells_what_it_is(exported: Exported) -> None:
     for key in exported.case.unused:
         assert f"- `{key}`" in text
     assert ("## Not pre-trained" in text) == bool(exported.case.unused)
+    assert text.count("import fastmim.backbones.cmt") == (2 if exported.case.architecture.startswith("cmt") else 0)
 
 
 def test_the_readme_that_is_written_runs(exported: Exported) -> None:

@@ -32,10 +32,15 @@ SWIN = {
     "model": "swin_tiny_patch4_window7_224",
     "model_args": {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
 }
+CMT = {
+    "model": "cmt_small",
+    "model_args": {"stem_dim": 8, "embed_dims": [16, 32, 64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+}
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit": {"model": "vit_tiny_patch16_224", "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 2}},
     "swin": SWIN,
     "pvt": {"model": "pvt_v2_b0"},
+    "cmt": CMT,
     "convnext": {"model": "convnext_atto", "model_args": {"dims": [16, 32, 64, 64], "depths": [1, 1, 1, 1]}},
 }
 

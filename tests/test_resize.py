@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fastmim.backbones.adapter import TimmBackbone, build
 from fastmim.backbones.hiding import HidingBackbone
-from fastmim.backbones.resizing import distances, offsets, places, plan_carry
+from fastmim.backbones.resizing import PairMove, distances, offsets, places, plan_carry
 from fastmim.errors import UserError
 
-VIT, SWIN, EVA = "test_vit", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"
+VIT, SWIN, EVA, CMT = "test_vit", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224", "cmt_small"
 SMALL_SWIN = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
 SMALL_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SMALL_EVA = {**SMALL_VIT, "patch_size": 16}
+SMALL_CMT = {"stem_dim": 8, "embed_dims": (16, 32, 64, 128), "depths": (1, 2, 1, 1)}
 
 
 # The maps, against loops
@@ -64,6 +65,46 @@ def test_offsets_equal_a_loop(old: int, new: int) -> None:
             assert short[k].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(("old", "new"), [((4, 2), (6, 3)), ((6, 3), (4, 2)), ((4, 4), (2, 2)), ((3, 1), (5, 1))])
+@pytest.mark.parametrize("positive", [False, True])
+def test_a_bias_of_pairs_equals_a_loop(old: tuple[int, int], new: tuple[int, int], positive: bool) -> None:
+    """Each new pair of places gets the mean of the old pairs, weighted by where its query and its key lie."""
+    kernel = hat if positive else cubic
+
+    def weights(old: int, new: int, place: int) -> list[float]:
+        """Of each old cell of a row by row grid, for one new cell."""
+        row, column = ([], [])
+        for line, at in ((row, place // new), (column, place % new)):
+            centre, width = (at + 0.5) * old / new - 0.5, max(1.0, old / new)
+            line += [kernel((j - centre) / width) for j in range(old)]
+        total = sum(row) * sum(column)
+        return [one * other / total for one in row for other in column]
+
+    table = torch.randn(2, old[0] ** 2, old[1] ** 2)
+    shape = (2, new[0] ** 2, new[1] ** 2)
+    carry = plan_carry("x", {"stages.1.pos_bias": tuple(table.shape)}, {"stages.1.pos_bias": shape}, 0)
+    found = carry("stages.1.pos_bias", table, positive=positive)
+    assert found.shape == shape
+    for q in range(shape[1]):
+        for k in range(shape[2]):
+            of_q, of_k = torch.tensor(weights(old[0], new[0], q)), torch.tensor(weights(old[1], new[1], k))
+            torch.testing.assert_close(found[:, q, k], of_q @ table @ of_k, rtol=0, atol=1e-5)
+    if positive:
+        assert carry("stages.1.pos_bias", table.square(), positive=True).min() >= 0
+
+
+def test_a_bias_of_pairs_may_be_of_any_rectangle() -> None:
+    """Rows and columns each go their own way, and the flattened matrix is no picture."""
+    table = torch.randn(3, 2 * 4, 1 * 2)
+    moved = PairMove((2, 4, 1, 2), (4, 6, 2, 3))(table, False)
+    wide = table.view(3, 2, 4, 1, 2)
+    for axis, (before, after) in enumerate(((2, 4), (4, 6), (1, 2), (2, 3)), start=1):
+        wide = (places(before, after, False) @ wide.movedim(axis, -2)).movedim(-2, axis)
+    torch.testing.assert_close(moved, wide.reshape(3, 24, 6), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"trains at one size.*pos_bias"):
+        plan_carry("x", {"pos_bias": (3, 8, 2)}, {"pos_bias": (3, 24, 6)}, 0)
+
+
 @pytest.mark.parametrize(("old", "new"), [(8, 10), (12, 8)])
 def test_an_absolute_embedding_is_carried_as_timm_does(old: int, new: int) -> None:
     table = torch.randn(1, 5 + old**2, 6)
@@ -89,6 +130,11 @@ def slopes(n: int, signed: bool = True) -> Tensor:
     return torch.stack([share[:, None] + 2 * share, share.abs()[:, None] * share], dim=2)
 
 
+def pairs(n: int) -> Tensor:
+    """[2, (n n), (n/2 n/2)]: a function of the places of a query and of a key, whose grid is coarser."""
+    return torch.einsum("qh,kh->hqk", flat(waves(n)), flat(waves(n // 2)) - 0.5)
+
+
 SMOOTH: dict[str, tuple[str, int, Callable[[int], Tensor]]] = {
     "vit": ("pos_embed", 1, lambda n: torch.cat([torch.ones(1, 2), flat(waves(n))])[None]),
     "vit without class token in it": ("pos_embed", 1, lambda n: flat(waves(n))[None]),
@@ -100,6 +146,7 @@ SMOOTH: dict[str, tuple[str, int, Callable[[int], Tensor]]] = {
     "maxvit": ("rel_pos.relative_position_bias_table", 0, lambda n: slopes(n).permute(2, 0, 1)),
     "lambda": ("self_attn.pos_emb", 0, slopes),
     "mvit": ("attn.rel_pos_h", 1, lambda n: slopes(n)[:, n - 1]),
+    "cmt": ("stages.0.pos_bias", 0, pairs),
     "levit": ("attn.attention_biases", 0, lambda n: flat(slopes(n, signed=False)).T),
 }
 
@@ -149,6 +196,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "swinv2_tiny_window8_256": (SMALL_SWIN, (128, 160)),
     "hiera_tiny_224": ({"embed_dim": 24, "stages": (1, 1, 1, 1)}, (128, 160)),
     "pvt_v2_b0": ({}, (128, 160)),
+    CMT: (SMALL_CMT, (128, 160, 224, 96)),
     "test_convnext": ({}, (128, 160)),
     "test_resnet": ({}, (128, 160)),
     "test_coatnet": ({}, (128, 160)),
@@ -233,12 +281,17 @@ def with_smooth_positions(model: str, args: dict[str, Any]) -> TimmBackbone:
                 grid = math.isqrt(weight.shape[1])
                 wave = flat(waves(grid)) @ torch.randn(2, weight.shape[2])
                 weight[:, -(grid**2) :] = wave
+            elif name.endswith("pos_bias"):
+                grids = [flat(waves(math.isqrt(count))) for count in weight.shape[1:]]
+                weight.copy_(3 * torch.einsum("qi,kj,hij->hqk", *grids, torch.randn(len(weight), 2, 2)))
             elif name.endswith("relative_position_bias_table"):
                 weight.copy_(3 * flat(slopes(math.isqrt(len(weight)) // 2 + 1)) @ torch.randn(2, weight.shape[1]))
     return backbone
 
 
-@pytest.mark.parametrize(("model", "args"), [(VIT, {}), (SWIN, SMALL_SWIN), (EVA, SMALL_EVA), ("hiera_tiny_224", {})])
+@pytest.mark.parametrize(
+    ("model", "args"), [(VIT, {}), (SWIN, SMALL_SWIN), (EVA, SMALL_EVA), ("hiera_tiny_224", {}), (CMT, SMALL_CMT)]
+)
 @pytest.mark.parametrize("size", [160, 192])
 def test_it_sees_the_same_in_a_larger_image(model: str, args: dict[str, Any], size: int) -> None:
     backbone = with_smooth_positions(model, args)

@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers.drop import calculate_drop_path_rates
+from timm.layers.helpers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -69,9 +70,11 @@ class CMT(nn.Module):
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         widths = ((in_chans, 2), (stem_dim, 1), (stem_dim, 1))
         self.stem = nn.Sequential(*(conv_norm(dim, stem_dim, 3, stride, act=nn.GELU(), **dd) for dim, stride in widths))
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         plan = zip(pairwise((stem_dim, *embed_dims)), rates, num_heads, sr_ratios, strict=True)
-        self.stages = nn.Sequential(*(Stage(*one, mlp_ratio=mlp_ratio, **dd) for one in plan))
+        self.stages = nn.Sequential(
+            *(Stage(dims, rates, heads, ratio, mlp_ratio, **dd) for dims, rates, heads, ratio in plan)
+        )
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stages.{index}"}
             for index, dim in enumerate(embed_dims)
@@ -151,19 +154,28 @@ class CMT(nn.Module):
         return {f"stages.{index}.pos_bias" for index in range(len(self.stages))}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
+        for stage in self._typed_stages():
             stage.grad_checkpointing = enable
+
+    def _typed_stages(self) -> list[Stage]:
+        return [stage for stage in self.stages if isinstance(stage, Stage)]
 
     def _set_grids(self, img_size: int | Sequence[int]) -> None:
         height, width = to_2tuple(img_size)
         step = self.feature_info[len(self.stages) - 1]["reduction"]
         if height % step or width % step:
             raise ValueError(f"images of {height} x {width} px: a multiple of {step} px is needed")
-        for stage, info in zip(self.stages, self.feature_info, strict=False):
+        for stage, info in zip(self._typed_stages(), self.feature_info, strict=False):
             stage.set_grid((height // info["reduction"], width // info["reduction"]))
 
 
-# Keys of the released checkpoints, and ours for them.
+# Parts of a block in the released checkpoints, and ours; then whole keys.
+_PARTS = {
+    **{name: name for name in ("norm1", "norm2", "attn.q", "attn.k", "attn.v", "attn.proj")},
+    **{"proj": "lpu", "attn.sr.0": "attn.reduce.conv", "attn.sr.1": "attn.reduce.norm"},
+    **{"mlp.conv1.0": "mlp.expand.conv", "mlp.conv1.2": "mlp.expand.norm", "mlp.proj": "mlp.conv"},
+    **{"mlp.proj_bn": "mlp.norm", "mlp.conv2.0": "mlp.project.conv", "mlp.conv2.1": "mlp.project.norm"},
+}
 _RENAMED = [
     (r"stem_(conv|norm)([123])\.", lambda m: f"stem.{int(m[2]) - 1}.{m[1]}."),
     (r"patch_embed_([a-d])\.proj\.", lambda m: f"stages.{_place(m)}.downsample.conv."),
@@ -174,12 +186,6 @@ _RENAMED = [
     (r"_bn\.", lambda m: "head.norm."),
     (r"head\.(?=(weight|bias)$)", lambda m: "head.fc."),
 ]
-_PARTS = {
-    **{name: name for name in ("norm1", "norm2", "attn.q", "attn.k", "attn.v", "attn.proj")},
-    **{"proj": "lpu", "attn.sr.0": "attn.reduce.conv", "attn.sr.1": "attn.reduce.norm"},
-    **{"mlp.conv1.0": "mlp.expand.conv", "mlp.conv1.2": "mlp.expand.norm", "mlp.proj": "mlp.conv"},
-    **{"mlp.proj_bn": "mlp.norm", "mlp.conv2.0": "mlp.project.conv", "mlp.conv2.1": "mlp.project.norm"},
-}
 # The released pre-training encoder has a last norm that it never applies.
 _NEVER_APPLIED = {"norm.weight", "norm.bias"}
 
@@ -211,7 +217,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CMT) -> dict[str,
     inner = {key: value for key, value in state.items() if key.startswith("encoder.")}
     if inner or "stem_conv1.weight" in state:
         state = convert_official(inner or state)
-    for index, stage in enumerate(model.stages):
+    for index, stage in enumerate(model._typed_stages()):
         name = f"stages.{index}.pos_bias"
         if name in state and state[name].shape != stage.pos_bias.shape:
             move = PairMove.between(tuple(state[name].shape), tuple(stage.pos_bias.shape))
@@ -249,7 +255,7 @@ _SIZES = {
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(size) for name, (size, *_) in _SIZES.items()})
 
 
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     _, stem, widths, depths, ratio = _SIZES[name]
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
     return build_model_with_cfg(
@@ -263,24 +269,24 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
 
 
 @register_model
-def cmt_tiny(pretrained: bool = False, **kwargs: Any) -> CMT:
+def cmt_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CMT-Ti, for images of 160 px: 9.5 million parameters."""
     return _create("cmt_tiny", pretrained, kwargs)
 
 
 @register_model
-def cmt_xsmall(pretrained: bool = False, **kwargs: Any) -> CMT:
+def cmt_xsmall(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CMT-XS, for images of 192 px: 15.2 million parameters."""
     return _create("cmt_xsmall", pretrained, kwargs)
 
 
 @register_model
-def cmt_small(pretrained: bool = False, **kwargs: Any) -> CMT:
+def cmt_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CMT-S, for images of 224 px: 25.1 million parameters."""
     return _create("cmt_small", pretrained, kwargs)
 
 
 @register_model
-def cmt_base(pretrained: bool = False, **kwargs: Any) -> CMT:
+def cmt_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CMT-B, for images of 256 px: 45.7 million parameters."""
     return _create("cmt_base", pretrained, kwargs)

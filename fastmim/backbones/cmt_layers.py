@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, trunc_normal_, use_fused_attn
+from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
+from timm.layers.config import use_fused_attn
+from timm.layers.drop import DropPath
+from timm.layers.norm import LayerNorm2d
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -137,7 +141,9 @@ class Head(nn.Module):
     def __init__(self, dim: int, hidden: int, num_classes: int, pool_type: str, drop: float, **dd: Any) -> None:
         super().__init__()
         self.dim, self.hidden, self.drop_rate, self._dd = dim, hidden, drop, dd
-        self.conv, self.norm, self.fc = nn.Identity(), nn.Identity(), nn.Identity()
+        self.conv: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        self.fc: nn.Module = nn.Identity()
         self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str) -> None:
@@ -178,8 +184,8 @@ def initialise(layer: nn.Module) -> None:
     """Draw a layer's weights as timm's pyramid networks do: by the number of outputs where it convolves."""
     if isinstance(layer, nn.Linear):
         trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
     elif isinstance(layer, nn.Conv2d):
         fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
         nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+    if isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is not None:
         nn.init.zeros_(layer.bias)

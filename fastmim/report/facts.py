@@ -237,10 +237,14 @@ def shell_word(word: str) -> str:
 
 
 def load_snippet(path: Path) -> str:
-    """Python that loads the exported weights by timm."""
-    folder = json.dumps(f"local-dir:{path.resolve() / 'export' / 'timm'}", ensure_ascii=False)
+    """Python that loads the exported weights by timm, which must be told of a network that is not its own."""
+    export = path.resolve() / "export" / "timm"
+    config = export / "config.json"
+    module = json.loads(config.read_text(encoding="utf-8")).get("registered_by") if config.is_file() else None
+    folder = json.dumps(f"local-dir:{export}", ensure_ascii=False)
+    register = f"import {module}\n" if module else ""
     return (
-        "import timm\n\n"
+        f"import timm\n{register}\n"
         f"folder = {folder}\n\n"
         "# a new head, to fine-tune\nnetwork = timm.create_model(folder, pretrained=True, num_classes=10)\n\n"
         "# one vector per image\nfeatures = timm.create_model(folder, pretrained=True, num_classes=0)\n\n"
