@@ -332,6 +332,18 @@ def test_timm_hub_folder(tmp_path: Path) -> None:
     back(imported, model, 96)
 
 
+def test_our_own_export_of_swin(tmp_path: Path) -> None:
+    """It says its windows outright; read again, they follow the size, so that the network can go to another."""
+    model = fresh("swin_tiny_patch4_window7_224", img_size=128, window_size=4)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    args = {"img_size": 128, "window_size": [[4, 4]] * 4, "in_chans": 3, "global_pool": "avg"}
+    config = {"architecture": "swin_tiny_patch4_window7_224", "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 128, 128]}}))
+    imported = read_official(tmp_path)
+    assert "window_size" not in imported.model_args and imported.resolution == 128
+    back(imported, model, 128)
+
+
 def test_other_channels(tmp_path: Path) -> None:
     model = fresh("vit_base_patch16_224", **VIT, in_chans=5)
     imported = read_official(pth(dict(model.state_dict()), tmp_path))
