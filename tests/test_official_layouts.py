@@ -132,6 +132,8 @@ def test_simmim_vit_is_beit(tmp_path: Path, shared: bool) -> None:
     imported = read_official(pth(state | extra, tmp_path))
     assert imported.layout == "SimMIM" and set(imported.unused) == {"decoder.0.weight", "mask_token"}
     back(imported, model, 64)
+    with pytest.raises(UserError, match="heads: 2 given, but its position biases are of 1"):
+        read_official(tmp_path / "one.pth", heads=2)
 
 
 def swin_by_its_authors(state: State) -> State:

@@ -73,15 +73,18 @@ def read_official(path: str | Path, architecture: str | None = None, heads: int 
     hint = architecture or _text(content.config.get("architecture"))
     layout = next((one for one in LAYOUTS if one.recognise(content)), None)
     name = _TIMM if layout is None else layout.name
-    converted = Converted(dict(content.state)) if layout is None else layout.convert(content)
-    if heads is not None:
-        converted = _with_heads(converted, heads)
-    network = recognise(converted)
+    try:
+        converted = Converted(dict(content.state)) if layout is None else layout.convert(content)
+        if heads is not None:
+            converted = _with_heads(converted, heads)
+        network = recognise(converted)
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:  # shapes that no network of theirs has
+        raise UserError(f"{path}: {name}'s keys, but with shapes that are not read ({error})") from error
     if hint is not None:
         network = _named(hint, network, content, layout is None and architecture is None, heads)
     if network is None:
         raise UserError(f"{path}: {_unknown(content, layout)}")
-    if heads is not None and "num_heads" not in network.model_args and not _plain(network.architecture):
+    if heads is not None and not _plain(network.architecture):
         raise UserError(f"heads: {network.architecture} is no plain ViT; its heads follow from its weights")
     if layout is None:
         converted = replace(converted, weights=_by_timm(converted.weights, network))
@@ -126,8 +129,9 @@ def _named(hint: str, seen: Network | None, content: Content, own: bool, heads: 
     if isinstance(told, Mapping) or (own and seen is None):
         args = {key: value for key, value in (told or {}).items() if key not in {"img_size", "num_classes"}}
         cfg = content.config.get("pretrained_cfg", {})
-        size = (cfg if isinstance(cfg, Mapping) else {}).get("input_size") or [None]
-        return Network(hint, args | ({"num_heads": heads} if heads else {}), size[-1])
+        size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
+        side = size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) and size[-1] > 0 else None
+        return Network(hint, args | ({"num_heads": heads} if heads else {}), side)
     if seen is None or seen.architecture.split("_")[0] != hint.split("_")[0]:
         return Network(hint, {"num_heads": heads} if heads else {})
     kept = {key: value for key, value in seen.model_args.items() if key not in SIZES}

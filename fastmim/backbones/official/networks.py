@@ -120,7 +120,9 @@ def _put_heads(
 ) -> tuple[str, ...]:
     """Puts ``num_heads`` where the named network has another number; the note says where it is a guess."""
     width = weights["patch_embed.proj.weight"].shape[0]
-    told = seen or (converted.heads if isinstance(converted.heads, int) else None)
+    told = converted.heads if isinstance(converted.heads, int) else seen
+    if seen is not None and told != seen:
+        raise UserError(f"heads: {told} given, but its position biases are of {seen}")
     size = architecture.split("_")[1]
     usual = 16 if size == "huge" else max(1, width // 64)
     heads = told or usual
