@@ -161,7 +161,7 @@ def test_many_names_for_one_tensor(tmp_path: Path) -> None:
         ("patch_embed.proj.weight", torch.zeros(64, 3, 2, 16, 16), "shapes that are not read"),  # video
         ("pos_embed", torch.zeros(1, 7, 64), "unknown layout"),  # no square
         ("blocks.1000000000.norm1.weight", torch.zeros(64), "1000000001 blocks"),
-        ("blocks.0.mlp.fc1.weight", torch.zeros(0, 64), r"fc2.weight is \(64, 256\), but \(64, 0\)|cannot be built"),
+        ("blocks.0.mlp.fc1.weight", torch.zeros(0, 64), r"fc1.weight is \(0, 64\), but \(64, 64\)"),
     ],
 )
 def test_strange_shapes(tmp_path: Path, key: str, value: Tensor, match: str) -> None:
@@ -180,7 +180,7 @@ def test_configurations(tmp_path: Path) -> None:
         (json.dumps({"architecture": "vit_base_patch16_224", "model_args": {"embed_dim": "x"}}), "cannot be built"),
         (
             json.dumps({"architecture": "vit_base_patch16_224", "pretrained_cfg": {"input_size": "32"}}),
-            r"is \(64,\), but \(768,\) in vit_base_patch16_224",
+            r"is \(64,\), but \(768,\)",
         ),
     ):
         (tmp_path / "config.json").write_text(content)
