@@ -68,7 +68,11 @@ def test_pre_trained_vit_and_its_heads(tmp_path: Path) -> None:
     assert difference(tokens(built), golden[:, 1:]) < 1e-4
     other = read_official(path, heads=12)
     assert other.model_args == {} and other.weights.keys() == imported.weights.keys()
-    assert difference(tokens(backbone(other)), golden[:, 1:]) > 1e-2
+    with torch.device("meta"):
+        twelve = timm.create_model(other.architecture, num_classes=0, img_size=128).eval()
+    twelve.load_state_dict(other.weights, assign=True)
+    with torch.no_grad():
+        assert difference(twelve.forward_features(image(2, 128)), golden) > 1e-3  # the weights of the formula are small
     assert not any("heads" in note for note in other.notes)
     with pytest.raises(UserError, match="heads: 7 do not divide"):
         read_official(path, heads=7)

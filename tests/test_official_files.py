@@ -143,7 +143,30 @@ def test_zip_bombs(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_its_storage(tmp_path: Path) -> None:
     torch.save({"model": state() | {"pos_embed": torch.zeros(1).expand(1 << 40)}}, tmp_path / "one.pth")
-    refused(tmp_path / "one.pth", "larger than what is stored")
+    refused(tmp_path / "one.pth", "its weights would fill")
+    large = {"x": torch.zeros(1 << 20), "pos_embed": torch.zeros(1).expand(1 << 20)}
+    torch.save({"model": state() | large}, tmp_path / "one.pth")
+    refused(tmp_path / "one.pth", r"pos_embed of shape .* is larger than what is stored")
+
+
+def test_many_names_for_one_tensor(tmp_path: Path) -> None:
+    one = torch.zeros(1 << 18)
+    torch.save({"model": state() | {f"x.{number}": one for number in range(1000)}}, tmp_path / "one.pth")
+    refused(tmp_path / "one.pth", "its weights would fill")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("patch_embed.proj.weight", torch.zeros(64, 3, 2, 16, 16), "shapes that are not read"),  # video
+        ("pos_embed", torch.zeros(1, 7, 64), "unknown layout"),  # no square
+        ("blocks.1000000000.norm1.weight", torch.zeros(64), "1000000001 blocks"),
+        ("blocks.0.mlp.fc1.weight", torch.zeros(0, 64), r"fc1.weight is \(0, 64\), but \(64, 64\)"),
+    ],
+)
+def test_strange_shapes(tmp_path: Path, key: str, value: Tensor, match: str) -> None:
+    torch.save({"model": state() | {key: value}}, tmp_path / "one.pth")
+    refused(tmp_path / "one.pth", match)
 
 
 def test_configurations(tmp_path: Path) -> None:
@@ -155,6 +178,10 @@ def test_configurations(tmp_path: Path) -> None:
         (" " * (1 << 20) + "{}", "larger than 1 MB"),
         (json.dumps({"architecture": "os.system"}), "timm has no model"),
         (json.dumps({"architecture": "vit_base_patch16_224", "model_args": {"embed_dim": "x"}}), "cannot be built"),
+        (
+            json.dumps({"architecture": "vit_base_patch16_224", "pretrained_cfg": {"input_size": "32"}}),
+            r"is \(64,\), but \(768,\)",
+        ),
     ):
         (tmp_path / "config.json").write_text(content)
         refused(tmp_path, match)

@@ -81,7 +81,7 @@ def test_mae(tmp_path: Path) -> None:
 def test_fine_tuned_mae_and_data_parallel(tmp_path: Path) -> None:
     model = fresh("vit_base_patch16_224", **VIT, global_pool="avg")
     imported = read_official(pth({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path))
-    assert imported.layout == "MAE or FastMIM, fine-tuned" and imported.model_args["global_pool"] == "avg"
+    assert imported.layout == "MAE or FastMIM (fine-tuned)" and imported.model_args["global_pool"] == "avg"
     back(imported, model, 64)
 
 
@@ -132,6 +132,8 @@ def test_simmim_vit_is_beit(tmp_path: Path, shared: bool) -> None:
     imported = read_official(pth(state | extra, tmp_path))
     assert imported.layout == "SimMIM" and set(imported.unused) == {"decoder.0.weight", "mask_token"}
     back(imported, model, 64)
+    with pytest.raises(UserError, match="heads: 2 given, but its position biases are of 1"):
+        read_official(tmp_path / "one.pth", heads=2)
 
 
 def swin_by_its_authors(state: State) -> State:
@@ -291,6 +293,22 @@ def test_timm_by_name(tmp_path: Path) -> None:
         read_official(path, architecture="vit_small_patch16_224")
     with pytest.raises(UserError, match="timm has no model 'resnet19'"):
         read_official(path, architecture="resnet19")
+    half = {key: value for key, value in model.state_dict().items() if not key.startswith("layer4.1.")}
+    imported = read_official(pth(half, tmp_path), architecture="resnet18.a1_in1k")
+    assert imported.architecture == "resnet18" and len(imported.missing) == 10
+    assert "weights: 90 of 100 of the network and a classifier" in describe(imported)
+    assert any("keep their initial values" in note for note in imported.notes)
+
+
+@pytest.mark.parametrize("architecture", ["eva02_tiny_patch14_224", "swinv2_tiny_window8_256", "convnextv2_atto"])
+def test_networks_that_only_resemble_others_are_not_guessed(tmp_path: Path, architecture: str) -> None:
+    model = fresh(architecture)
+    path = pth(dict(model.state_dict()), tmp_path)
+    with pytest.raises(UserError, match="--model"):
+        read_official(path)
+    imported = read_official(path, architecture=architecture)
+    assert imported.model_args == {} and not imported.missing and not imported.unused
+    assert all(torch.equal(imported.weights[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_deeper_network_than_named_is_refused(tmp_path: Path) -> None:
@@ -314,6 +332,18 @@ def test_timm_hub_folder(tmp_path: Path) -> None:
     imported = read_official(tmp_path)
     assert imported.model_args == {"num_heads": 3} and imported.resolution == 96
     back(imported, model, 96)
+
+
+def test_our_own_export_of_swin(tmp_path: Path) -> None:
+    """It says its windows outright; read again, they follow the size, so that the network can go to another."""
+    model = fresh("swin_tiny_patch4_window7_224", img_size=128, window_size=4)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    args = {"img_size": 128, "window_size": [[4, 4]] * 4, "in_chans": 3, "global_pool": "avg"}
+    config = {"architecture": "swin_tiny_patch4_window7_224", "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 128, 128]}}))
+    imported = read_official(tmp_path)
+    assert "window_size" not in imported.model_args and imported.resolution == 128
+    back(imported, model, 128)
 
 
 def test_other_channels(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _convert(content: Content) -> Converted:
         raise UserError(f"transformers' {kind} is not read; what is: {', '.join(_KINDS)}")
     converted = _KINDS[kind](state)
     notes = list(converted.notes)
-    activation = content.config.get("hidden_act", "gelu")
+    activation = str(content.config.get("hidden_act", "gelu"))
     if activation != "gelu" and activation not in _ACTIVATIONS:
         notes.append(f"Its activation, {activation}, is not that of timm's network, which computes something else.")
     if "num_attention_heads" not in content.config and kind in _PLAIN:

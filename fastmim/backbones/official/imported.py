@@ -22,6 +22,8 @@ from fastmim.errors import UserError
 
 LAYOUTS: Sequence[Layout] = (*hugging_face.LAYOUTS, *mmpretrain.LAYOUTS, *vit.LAYOUTS, *staged.LAYOUTS)
 _TIMM = "timm"
+# Batch norm counts its batches only to average over all of them, which no network here does.
+_COUNTER = "num_batches_tracked"
 # Where weights of the network itself lie, in any layout: one without a place would change what is computed.
 _INSIDE = ("blocks.", "layers.", "stages.", "encoder.layer", "encoder.stages.", "patch_embed", "stem", "block1.")
 
@@ -71,15 +73,18 @@ def read_official(path: str | Path, architecture: str | None = None, heads: int 
     hint = architecture or _text(content.config.get("architecture"))
     layout = next((one for one in LAYOUTS if one.recognise(content)), None)
     name = _TIMM if layout is None else layout.name
-    converted = Converted(dict(content.state)) if layout is None else layout.convert(content)
-    if heads is not None:
-        converted = _with_heads(converted, heads)
-    network = recognise(converted)
+    try:
+        converted = Converted(dict(content.state)) if layout is None else layout.convert(content)
+        if heads is not None:
+            converted = _with_heads(converted, heads)
+        network = recognise(converted)
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:  # shapes that no network of theirs has
+        raise UserError(f"{path}: {name}'s keys, but with shapes that are not read ({error})") from error
     if hint is not None:
         network = _named(hint, network, content, layout is None and architecture is None, heads)
     if network is None:
         raise UserError(f"{path}: {_unknown(content, layout)}")
-    if heads is not None and "num_heads" not in network.model_args and not _plain(network.architecture):
+    if heads is not None and not _plain(network.architecture):
         raise UserError(f"heads: {network.architecture} is no plain ViT; its heads follow from its weights")
     if layout is None:
         converted = replace(converted, weights=_by_timm(converted.weights, network))
@@ -90,14 +95,15 @@ def read_official(path: str | Path, architecture: str | None = None, heads: int 
 def describe(imported: Imported) -> list[str]:
     """Lines for the terminal: what was read, what is left out, what keeps its initial values, and the notes."""
     stock = _shapes(Network(imported.architecture, imported.model_args, imported.resolution))
-    found = len(stock) - len(imported.missing)
+    known = sum(not key.endswith(_COUNTER) for key in stock)
     classifier = imported.weights.keys() - stock.keys()
     args = ", ".join(f"{key}={value}" for key, value in imported.model_args.items())
     size = f", {imported.resolution} px" if imported.resolution else ""
     lines = [
         f"layout: {imported.layout}",
         f"network: {imported.architecture}{f' ({args})' if args else ''}{size}",
-        f"weights: {found} of {len(stock)} of the network" + (" and a classifier" if classifier else ""),
+        f"weights: {known - len(imported.missing)} of {known} of the network"
+        + (" and a classifier" if classifier else ""),
     ]
     if imported.unused:
         lines.append(f"left out: {_grouped(imported.unused)}")
@@ -116,15 +122,17 @@ def _named(hint: str, seen: Network | None, content: Content, own: bool, heads: 
     """The network by its name, from the user or from timm's ``config.json``, with what the weights show of it."""
     import fastmim.backbones.cmt  # noqa: F401, registers CMT with timm
 
+    hint = hint.split(".", maxsplit=1)[0]  # behind the dot stands which of timm's weights
     if not timm.is_model(hint):
         raise UserError(f"timm has no model '{hint}' (`fastmim models` lists those that it has)")
     told = content.config.get("model_args") if own else None
     if isinstance(told, Mapping) or (own and seen is None):
         args = {key: value for key, value in (told or {}).items() if key not in {"img_size", "num_classes"}}
         cfg = content.config.get("pretrained_cfg", {})
-        size = (cfg if isinstance(cfg, Mapping) else {}).get("input_size") or [None]
-        return Network(hint, args | ({"num_heads": heads} if heads else {}), size[-1])
-    if seen is None:
+        size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
+        side = size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) and size[-1] > 0 else None
+        return Network(hint, args | ({"num_heads": heads} if heads else {}), side)
+    if seen is None or seen.architecture.split("_")[0] != hint.split("_")[0]:
         return Network(hint, {"num_heads": heads} if heads else {})
     kept = {key: value for key, value in seen.model_args.items() if key not in SIZES}
     if "num_heads" in seen.model_args and not seen.notes and _plain(hint):
@@ -180,12 +188,12 @@ def _fit(path: Path, layout: str, converted: Converted, network: Network) -> Imp
         else:
             surplus.append(key)
     unused = (*converted.unused, *surplus)
-    # Batch norm counts its batches only to average over all of them, which no network here does.
-    missing = tuple(key for key in stock if key not in weights and not key.endswith("num_batches_tracked"))
-    found = len(stock) - len(missing)
-    if 2 * found < len(stock):
+    missing = tuple(key for key in stock if key not in weights and not key.endswith(_COUNTER))
+    known = sum(not key.endswith(_COUNTER) for key in stock)
+    found = known - len(missing)
+    if 2 * found < known:
         raise UserError(
-            f"{path}: only {found} of {len(stock)} weights of {network.architecture} are there (missing: "
+            f"{path}: only {found} of {known} weights of {network.architecture} are there (missing: "
             f"{', '.join(missing[:3])} ...; instead: {', '.join(unused[:3]) or 'nothing'}); name the network with "
             "--model"
         )

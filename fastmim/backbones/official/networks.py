@@ -46,7 +46,8 @@ _GUESS = (
 
 def _vit(weights: State, converted: Converted) -> Network | None:
     needed = {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
-    if not needed <= weights.keys() or "norm_pre.weight" in weights or "rel_pos_bias" in str(weights.keys()):
+    others = {"norm_pre.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1_g.weight"}  # CLIP, EVA: not told apart
+    if not needed <= weights.keys() or others & weights.keys():
         return None
     architecture, args = _plain_size(weights, "vit")
     tokens = [weights[name].shape[1] for name in ("cls_token", "reg_token", "dist_token") if name in weights]
@@ -76,7 +77,7 @@ def _vit(weights: State, converted: Converted) -> Network | None:
 
 def _beit(weights: State, converted: Converted) -> Network | None:
     own, shared = "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"
-    if not ({"blocks.0.attn.q_bias", own, shared} & weights.keys()) or "blocks.0.mlp.fc1.weight" not in weights:
+    if not {own, shared, "blocks.0.gamma_1"} & weights.keys() or "blocks.0.mlp.fc1.weight" not in weights:
         return None
     architecture, args = _plain_size(weights, "beit")
     table = weights.get(own, weights.get(shared))
@@ -119,7 +120,9 @@ def _put_heads(
 ) -> tuple[str, ...]:
     """Puts ``num_heads`` where the named network has another number; the note says where it is a guess."""
     width = weights["patch_embed.proj.weight"].shape[0]
-    told = seen or (converted.heads if isinstance(converted.heads, int) else None)
+    told = converted.heads if isinstance(converted.heads, int) else seen
+    if seen is not None and told != seen:
+        raise UserError(f"heads: {told} given, but its position biases are of {seen}")
     size = architecture.split("_")[1]
     usual = 16 if size == "huge" else max(1, width // 64)
     heads = told or usual

@@ -113,9 +113,8 @@ def _load(file: Path) -> Any:
             raise UserError(
                 f"{file}: it holds {foreign[1]}, which could run code, and is not read; save its state_dict alone"
             ) from error
-        raise UserError(
-            f"{file}: no checkpoint of PyTorch, or a damaged one ({_line(reason) or type(error).__name__})"
-        ) from error
+        reason = _line(reason) if " " in _line(reason) else type(error).__name__
+        raise UserError(f"{file}: no checkpoint of PyTorch, or a damaged one ({reason})") from error
 
 
 def _check_zip(file: Path) -> None:
@@ -146,10 +145,14 @@ def _unwrap(file: Path, content: Any) -> tuple[State, bool, tuple[str, ...]]:
     if not state:
         first = ", ".join(str(key)[:40] for key in list(content)[:5])
         raise UserError(f"{file}: holds no weights ({f'its keys are {first}' if first else 'it is empty'})")
+    size = sum(value.numel() * value.itemsize for value in state.values())
+    if size > 2 * file.stat().st_size:  # many names for one tensor; networks tie a few
+        raise UserError(f"{file}: its weights would fill {size} bytes, but it has {file.stat().st_size}")
     for key, value in state.items():
         if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise UserError(f"{file}: {key} of shape {tuple(value.shape)} is larger than what is stored of it")
-    return state, wrapped, tuple(notes)
+    # Copies: the file is mapped, not read, and what it maps would change with it.
+    return {key: value.clone() for key, value in state.items()}, wrapped, tuple(notes)
 
 
 def _bare(state: State) -> State:

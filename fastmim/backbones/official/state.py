@@ -102,6 +102,13 @@ def join(state: State, parts: Sequence[str], whole: str) -> State:
 
 
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the group of ``pattern`` finds at the beginning of a key; 0 without."""
+    """One more than the largest number that the group of ``pattern`` finds at the beginning of a key; 0 without.
+
+    Raises:
+        ValueError: it is more than there are keys.
+    """
     found = [int(match[1]) for key in state if (match := re.match(pattern, key))]
-    return max(found, default=-1) + 1
+    number = max(found, default=-1) + 1
+    if number > len(state):  # a network of as many blocks could fill the memory
+        raise ValueError(f"{number} blocks, but {len(state)} weights")
+    return number

@@ -109,5 +109,5 @@ LAYOUTS: Sequence[Layout] = (
     Layout("FastMIM", lambda one: is_fastmim(one) and is_vit(one), convert_fastmim),
     Layout("SimMIM", lambda one: is_simmim(one) and is_vit(one), convert_vit),
     Layout("MAE", _is_mae, convert_vit),
-    Layout("MAE or FastMIM, fine-tuned", _is_fine_tuned, convert_vit),
+    Layout("MAE or FastMIM (fine-tuned)", _is_fine_tuned, convert_vit),
 )
