@@ -32,7 +32,6 @@ from fastmim.cli_options import (
     Export,
     Models,
     Pretrain,
-    Probe,
     Report,
     Resume,
     build,
@@ -41,6 +40,7 @@ from fastmim.cli_options import (
     read_words,
     read_yaml,
 )
+from fastmim.cli_probe import Probe, probe
 from fastmim.config import Config, Section, locate, nearest, update
 from fastmim.errors import UserError
 
@@ -90,19 +90,6 @@ def resume(words: dict[str, Any]) -> int:
     from fastmim import runs
 
     return finished(runs.resume(path, changes=changes).path)
-
-
-def probe(words: dict[str, Any]) -> int:
-    """Prints accuracies (mean and standard deviation) and the verdict."""
-    options = build(Probe, words, "probe")
-    from fastmim import runs
-
-    result = runs.probe(**options.model_dump())
-    for method, accuracies in result["summary"].items():
-        cells = (f"{weights} {mean:.1f} +- {std:.1f} %" for weights, (mean, std) in accuracies.items())
-        print_styled("bold", f"{method:8}", "   ".join(cells))
-    print(result["verdict"])
-    return OK
 
 
 def report(words: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +45,8 @@ from fastmim.run_network import (
 )
 from fastmim.seeding import derive
 from fastmim.tasks.pretrain import Pretrain, build_mim
-from fastmim.tasks.probe import run_probe
+from fastmim.tasks.probing.run import run_probe
+from fastmim.tasks.probing.settings import read_settings
 from fastmim.tasks.resolve import resolve
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
@@ -165,29 +166,38 @@ def probe(
     *,
     model: nn.Module | None = None,
     resolution: int | None = None,
-    fraction: float = 0.5,
-    subsets: int = 3,
+    methods: str | Sequence[str] = "knn,linear",
+    labels: str | float | Sequence[str | float] = "50%",
+    repeats: int = 3,
+    k: int = 20,
     seed: int = 0,
     device: str | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """KNN and linear accuracy of frozen features against the same network untrained, over subsets of the labels.
+    """How well classes are told apart by frozen features, against the same network untrained, over subsets of labels.
 
     Args:
         target: a run, a timm model (its released weights are fetched) or ``local-dir:FOLDER``.
         data: class folders, or train/ and val/ with class folders.
         model: the run's module, where it was not one of timm's.
         resolution: side of the images in pixels; the run's own, or 128.
-        fraction: share of the training labels in each subset.
-        subsets: how many subsets.
-        seed: chooses the subsets.
+        methods: of ``knn``, ``linear``, ``linear-sgd`` and ``attentive`` (fastmim/tasks/probing/methods.py).
+        labels: which share of the training labels, or how many of each class, to learn from: ``10%``, 0.1, ``5/class``,
+            or several of these.
+        repeats: other labels so often.
+        k: neighbours that vote in kNN.
+        seed: chooses the labels.
         device: where to compute; the fastest there is.
         workers: loader processes.
 
     Returns:
         The content of probe.json (docs/design.md), which is also written into the run's folder, with a new report.
+
+    Raises:
+        UserError: something in the options or the images does not fit.
     """
-    labels = labelled(data, seed=seed)
+    settings = read_settings(methods, labels, repeats, k, seed)
+    images = labelled(data, seed=seed)
     run = target if isinstance(target, Run) else Run(target) if (Path(target) / "config.yaml").is_file() else None
     if run is not None:
         config = run.config
@@ -206,8 +216,8 @@ def probe(
         mean, std, raw = trained.model.pretrained_cfg["mean"], trained.model.pretrained_cfg["std"], False
     at = pick_device(device)
     result = run_probe(
-        trained.to(at), untrained.to(at), labels, resolution=side, mean=mean, std=std, device=at, fraction=fraction,
-        subsets=subsets, seed=seed, workers=pick_workers(workers, at), raw=raw, model=name,
+        trained.to(at), untrained.to(at), images, settings, resolution=side, mean=mean, std=std, device=at,
+        workers=pick_workers(workers, at), raw=raw, model=name, show=True,
     )  # fmt: skip
     result = {"data": str(data), **result}
     if run is not None:
@@ -292,8 +302,8 @@ def _finish(
         result = run_probe(
             whole_network(backbone, config.data.resolution),
             untrained_network(config, None, config.data.resolution).to(device), labels,
-            resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, device=device,
-            seed=config.optim.seed, raw=config.data.values == "raw", model=config.method.model,
+            read_settings(seed=config.optim.seed), resolution=config.data.resolution, mean=config.data.mean,
+            std=config.data.std, device=device, raw=config.data.values == "raw", model=config.method.model,
         )  # fmt: skip
         run.write("probe.json", {"data": config.system.eval_data, **result})
     write_report(run.path)
