@@ -182,8 +182,7 @@ def probe(
         model: the run's module, where it was not one of timm's.
         resolution: side of the images in pixels; the run's own, or 128.
         methods: of ``knn``, ``linear``, ``linear-sgd`` and ``attentive`` (fastmim/tasks/probing/methods.py).
-        labels: which share of the training labels, or how many of each class, to learn from: ``10%``, 0.1, ``5/class``,
-            or several of these.
+        labels: the share of them, or how many of each class, to learn from: ``10%``, 0.1, ``5/class``, or several.
         repeats: other labels so often.
         k: neighbours that vote in kNN.
         seed: chooses the labels.
@@ -192,9 +191,6 @@ def probe(
 
     Returns:
         The content of probe.json (docs/design.md), which is also written into the run's folder, with a new report.
-
-    Raises:
-        UserError: something in the options or the images does not fit.
     """
     settings = read_settings(methods, labels, repeats, k, seed)
     images = labelled(data, seed=seed)

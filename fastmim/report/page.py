@@ -95,7 +95,7 @@ def _report(run: RunFolder) -> dict[str, Any]:
         "speed_charts": chart,
         "kind": shown.kind if shown else "",
         "samples": figures.reconstruction_rows(shown, *_colours(data)) if shown else [],
-        "comparisons": found,
+        "methods": verdict.by_method(found),
         "setting": verdict.setting(probe) if probe else "",
         "chance": 100 / probe["classes"] if probe else 0.0,
         "shortfalls": verdict.shortfalls(found),
@@ -119,11 +119,11 @@ def _colours(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _tiles(run: RunFolder, found: Sequence[verdict.Comparison]) -> list[tuple[str, str]]:
     rows = []
-    for one in found:
+    for one in verdict.most_labels(found):
         trained, untrained = one.row("trained"), one.row("untrained")
         if trained and untrained:
             change = f"{untrained.mean:.1f} \N{RIGHTWARDS ARROW} {trained.mean:.1f} %"
-            rows.append((f"{one.label}, untrained to pre-trained", change))
+            rows.append((f"{one.title}, untrained to pre-trained", change))
     losses, seconds, speed = facts.values(run.evals, "val_loss"), facts.seconds_spent(run), facts.speed(run)
     if losses:
         rows.append((f"loss on held-out images, from {losses[0]:.3g}", f"{losses[-1]:.3g}"))
@@ -231,7 +231,8 @@ def _option(value: object) -> str:
 
 
 def _results(run: RunFolder) -> list[str]:
-    found = {one.method: one for one in verdict.comparisons(run.probe)} if run.probe else {}
+    most = verdict.most_labels(verdict.comparisons(run.probe)) if run.probe else []
+    found = {one.method: one for one in most}
     seen, loss, held_out = facts.samples_seen(run), facts.last(run.train, "loss"), facts.last(run.evals, "val_loss")
     speed, seconds = facts.speed(run), facts.seconds_spent(run)
     return [

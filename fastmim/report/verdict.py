@@ -99,6 +99,12 @@ def _comparison(probe: Record, method: str, setting: str, words: str) -> Compari
     return Comparison(method, METHODS.get(method, method), words, labels, found)
 
 
+def by_method(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
+    """The comparisons of each method below its label."""
+    labels = dict.fromkeys(one.label for one in found)
+    return [(label, [one for one in found if one.label == label]) for label in labels]
+
+
 def most_labels(found: Sequence[Comparison]) -> list[Comparison]:
     """Of each method the comparison with the most labels."""
     return list({one.method: one for one in sorted(found, key=lambda one: one.labels)}.values())
@@ -127,8 +133,8 @@ def setting(probe: Record) -> str:
     labels = sorted({row["labels"] for row in probe["rows"]})
     subsets = len({row["subset"] for row in probe["rows"]})
     drawn = " or ".join(f"{count:,}" for count in labels)
+    times = f"{subsets} {'subsets' if subsets != 1 else 'subset'}{' of each size' if len(labels) > 1 else ''}"
     return (
-        f"{probe['classes']:,} classes; trained on {drawn} labelled images ({subsets} "
-        f"{'subsets' if subsets != 1 else 'subset'}{' each' if len(labels) > 1 else ''}), tested on {probe['val']:,} others at {probe['resolution']} px. "
-        f"Chance is {100 / probe['classes']:.3g} %."
+        f"{probe['classes']:,} classes; trained on {drawn} labelled images ({times}), tested on {probe['val']:,} "
+        f"others at {probe['resolution']} px. Chance is {100 / probe['classes']:.3g} %."
     )

@@ -14,7 +14,7 @@ from fastmim.tasks.probing.linear import accuracy, inverse_scale
 from fastmim.tasks.probing.subsets import generator
 from fastmim.tasks.probing.sweep import BATCH, batches, choose_rate, cosine, count_steps
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 _HEAD_WIDTH = 64
 _WEIGHT_DECAY = 0.01
 

@@ -111,18 +111,20 @@ def _finding(rows: Iterable[Row], summary: Mapping[str, Any], setting: str, brie
     better, unclear, worse = groups["better"], groups["unclear"], groups["worse"]
 
     def figures(methods: list[str]) -> str:
-        return " and ".join(_figures(method, summary[method], brief) for method in methods)
+        *most, last = (_figures(method, summary[method], brief) for method in methods)
+        return f"{', '.join(most)} and {last}" if most else last
 
     def short(method: str, what: str) -> str:
         (trained, _), (untrained, _) = summary[method]["trained"], summary[method]["untrained"]
         return f"; {METHODS[method].name} {what} ({trained:.1f} % against {untrained:.1f} %)"
 
+    undecided = "".join(short(method, "made no clear difference") for method in unclear)
     if better and worse:
-        found = f" helped and hurt: better {figures(better)}, but worse {figures(worse)}"
+        found = f" helped and hurt: better {figures(better)}, but worse {figures(worse)}{undecided}"
     elif better:
         found = f" helped: {figures(better)}" + "".join(short(method, "did not improve") for method in unclear)
     elif worse:
-        found = f" hurt: {figures(worse)}" + "".join(short(method, "made no clear difference") for method in unclear)
+        found = f" hurt: {figures(worse)}{undecided}"
     else:
         found = f" made no clear difference: {figures(unclear)}"
     best = max(accuracies["trained"][0] for accuracies in summary.values())

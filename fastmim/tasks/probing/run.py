@@ -2,19 +2,19 @@
 """A probe from images to probe.json: features of each network in turn, and what the methods make of them."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bars
 from torch import nn
 
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
 from fastmim.data.pictures import Pictures
-from fastmim.tasks.features import TokenBank, features, pixel_features
+from fastmim.tasks.features import Progress, TokenBank, features, pixel_features
 from fastmim.tasks.probing.compare import compare, verdict
 from fastmim.tasks.probing.methods import METHODS, Features
 from fastmim.tasks.probing.settings import Settings
@@ -59,35 +59,39 @@ def run_probe(
         EvalLoader(Pictures(table, len(mean), raw), labels=labels, **sizes)
         for table, labels in ((data.train, data.train_labels), (data.val, data.val_labels))
     ]
-    networks = {"trained": trained, "untrained": untrained}
-    named = {name: network.to(device) for name, network in networks.items() if network is not None}
-    counts: dict[str, int] = {}
-    with Progress(console=Console(stderr=True), transient=True, disable=not (show and sys.stderr.isatty())) as bar:
+    pairs = (("trained", trained), ("untrained", untrained))
+    named = {name: network.to(device) for name, network in pairs if network is not None}
+    with Bars(console=Console(stderr=True), transient=True, disable=not (show and sys.stderr.isatty())) as bar:
         seen = bar.add_task("computing features", total=(len(named) + 1) * (len(data.train) + len(data.val)))
         measured = bar.add_task("measuring", total=_measurements(settings, len(named)))
 
         def count(images: int) -> None:
             bar.advance(seen, images)
 
-        def entries() -> Iterator[tuple[str, Features, Features]]:
-            reads_tokens = any(METHODS[method].reads_tokens for method in settings.methods)
-            for name, network in named.items():
-                of = partial(_features, network, device=device, mean=mean, std=std, tokens=reads_tokens, progress=count)
-                yield name, of(parts[0]), of(parts[1])
-            train, val = (_pixels(part, count) for part in parts)
-            counts.update(train=len(train.labels), val=len(val.labels))
-            yield "pixels", train, val
+        tokens = any(METHODS[method].reads_tokens for method in settings.methods)
+        of = partial(_features, device=device, mean=mean, std=std, tokens=tokens, progress=count)
+        done = partial(bar.advance, measured)
+        comparison = compare(_entries(named, parts, of, count), settings, device=device, done=done)
+    return (
+        {
+            "model": model,
+            "classes": len(data.classes),
+            "train": len(data.train) - len(parts[0].bad),
+            "val": len(data.val) - len(parts[1].bad),
+            "resolution": resolution,
+        }
+        | comparison
+        | {"verdict": verdict(comparison)}
+    )
 
-        comparison = compare(entries(), settings, device=device, done=lambda: bar.advance(measured))
-    return {
-        "model": model,
-        "classes": len(data.classes),
-        "train": counts["train"],
-        "val": counts["val"],
-        "resolution": resolution,
-        **comparison,
-        "verdict": verdict(comparison),
-    }
+
+def _entries(
+    networks: Mapping[str, nn.Module], parts: Sequence[EvalLoader], of: Callable[..., Features], progress: Progress
+) -> Iterator[tuple[str, Features, Features]]:
+    """Features of the training and the validation images, one network after the other: their tokens are large."""
+    for name, network in networks.items():
+        yield name, of(network, parts[0]), of(network, parts[1])
+    yield "pixels", _pixels(parts[0], progress), _pixels(parts[1], progress)
 
 
 def _measurements(settings: Settings, networks: int) -> int:
@@ -104,7 +108,7 @@ def _features(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     tokens: bool,
-    progress: Any,
+    progress: Progress | None = None,
 ) -> Features:
     bank = TokenBank(len(loader.pictures.table)) if tokens else None
     keep = bank.add if bank else None
@@ -113,7 +117,7 @@ def _features(
     return Features(vectors, labels, bank.tokens if bank else None)
 
 
-def _pixels(loader: EvalLoader, progress: Any) -> Features:
+def _pixels(loader: EvalLoader, progress: Progress) -> Features:
     vectors, labels = pixel_features(loader, progress=progress)
     assert labels is not None
     return Features(vectors, labels)
