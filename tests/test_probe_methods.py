@@ -236,4 +236,4 @@ def test_all_methods_on_a_folder(shelves: Path, quick: None) -> None:
             assert accuracies["trained"] == accuracies["untrained"]
     assert len(result["rows"]) == 2 * 2 * (4 + 4 + 3)
     assert all(mean == 100 for mean, _ in result["summary"]["50%"]["linear"].values())
-    assert result["verdict"].startswith("With 1 label a class, pre-training made no clear difference: ")
+    assert result["verdict"].startswith("With 1 label a class, pre-training made no clear difference to linear")

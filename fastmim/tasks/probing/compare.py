@@ -92,27 +92,48 @@ def verdict(comparison: Mapping[str, Any]) -> str:
     summary: Mapping[str, Any] = comparison["summary"]
     if not any("trained" in accuracies for methods in summary.values() for accuracies in methods.values()):
         return "No pre-trained network was given, so there is nothing to say about pre-training."
+    rows = comparison["rows"]
     if len(summary) == 1:
         ((setting, methods),) = summary.items()
-        return "Pre-training" + _finding(comparison["rows"], methods, setting)
-    sentences = (
-        f"With {of_labels(setting)}, pre-training" + _finding(comparison["rows"], methods, setting, brief=True)
+        return _in_full(_outcomes(rows, methods, setting), methods)
+    return " ".join(
+        f"With {of_labels(setting)}, {_briefly(_outcomes(rows, methods, setting), methods)}"
         for setting, methods in summary.items()
     )
-    return " ".join(sentences)
 
 
-def _finding(rows: Iterable[Row], summary: Mapping[str, Any], setting: str, brief: bool = False) -> str:
-    """What pre-training did in one setting, as the end of a sentence."""
+def _outcomes(rows: Iterable[Row], summary: Mapping[str, Any], setting: str) -> dict[str, list[str]]:
+    """The methods by what they say of pre-training in one setting."""
     groups: dict[str, list[str]] = {"better": [], "unclear": [], "worse": []}
     for method in summary:
         mine = [row for row in rows if (row["labels_setting"], row["method"]) == (setting, method)]
         groups[clear(_scores(mine, "trained"), _scores(mine, "untrained"))].append(method)
+    return groups
+
+
+def _briefly(groups: Mapping[str, list[str]], summary: Mapping[str, Any]) -> str:
+    """What pre-training did in one of several settings, with figures for what is clear only."""
+
+    def figures(method: str) -> str:
+        (trained, _), (untrained, _) = summary[method]["trained"], summary[method]["untrained"]
+        return f"{METHODS[method].name} ({trained:.1f} % against {untrained:.1f} %)"
+
+    found = []
+    for outcome, verb in (("better", "helped"), ("worse", "hurt")):
+        if groups[outcome]:
+            found.append(f"{verb} {_listing([figures(method) for method in groups[outcome]])}")
+    if groups["unclear"]:
+        names = _listing([METHODS[method].name for method in groups["unclear"]])
+        found.append(f"made no clear difference to {names}")
+    return f"pre-training {_listing(found)}{_pixels(summary)}."
+
+
+def _in_full(groups: Mapping[str, list[str]], summary: Mapping[str, Any]) -> str:
+    """What pre-training did in the only setting, with all figures."""
     better, unclear, worse = groups["better"], groups["unclear"], groups["worse"]
 
     def figures(methods: list[str]) -> str:
-        *most, last = (_figures(method, summary[method], brief) for method in methods)
-        return f"{', '.join(most)} and {last}" if most else last
+        return _listing([_figures(method, summary[method]) for method in methods])
 
     def short(method: str, what: str) -> str:
         (trained, _), (untrained, _) = summary[method]["trained"], summary[method]["untrained"]
@@ -120,21 +141,31 @@ def _finding(rows: Iterable[Row], summary: Mapping[str, Any], setting: str, brie
 
     undecided = "".join(short(method, "made no clear difference") for method in unclear)
     if better and worse:
-        found = f" helped and hurt: better {figures(better)}, but worse {figures(worse)}{undecided}"
+        found = f"helped and hurt: better {figures(better)}, but worse {figures(worse)}{undecided}"
     elif better:
-        found = f" helped: {figures(better)}" + "".join(short(method, "did not improve") for method in unclear)
+        found = f"helped: {figures(better)}" + "".join(short(method, "did not improve") for method in unclear)
     elif worse:
-        found = f" hurt: {figures(worse)}{undecided}"
+        found = f"hurt: {figures(worse)}{undecided}"
     else:
-        found = f" made no clear difference: {figures(unclear)}"
+        found = f"made no clear difference: {figures(unclear)}"
+    return f"Pre-training {found}{_pixels(summary)}."
+
+
+def _pixels(summary: Mapping[str, Any]) -> str:
+    """That raw pixels do better than the pre-trained network by its best method, where they do."""
     best = max(accuracies["trained"][0] for accuracies in summary.values())
     pixels = max((accuracies["pixels"][0] for accuracies in summary.values() if "pixels" in accuracies), default=0.0)
-    return found + (f"; raw pixels do better still ({pixels:.1f} %)." if pixels > best else ".")
+    return f"; raw pixels do better still ({pixels:.1f} %)" if pixels > best else ""
 
 
-def _figures(method: str, summary: Mapping[str, list[float]], brief: bool) -> str:
+def _listing(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _figures(method: str, summary: Mapping[str, list[float]]) -> str:
     (trained, spread), (untrained, other_spread) = summary["trained"], summary["untrained"]
-    figures = f"{METHODS[method].name} {trained:.1f} % against {untrained:.1f} % untrained"
-    if brief:
-        return figures
-    return f"{figures} ({trained - untrained:+.1f} points, spread {max(spread, other_spread):.1f})"
+    return (
+        f"{METHODS[method].name} {trained:.1f} % against {untrained:.1f} % untrained "
+        f"({trained - untrained:+.1f} points, spread {max(spread, other_spread):.1f})"
+    )

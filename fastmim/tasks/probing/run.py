@@ -72,17 +72,9 @@ def run_probe(
         of = partial(_features, device=device, mean=mean, std=std, tokens=tokens, progress=count)
         done = partial(bar.advance, measured)
         comparison = compare(_entries(named, parts, of, count), settings, device=device, done=done)
-    return (
-        {
-            "model": model,
-            "classes": len(data.classes),
-            "train": len(data.train) - len(parts[0].bad),
-            "val": len(data.val) - len(parts[1].bad),
-            "resolution": resolution,
-        }
-        | comparison
-        | {"verdict": verdict(comparison)}
-    )
+    counts = {"train": len(data.train) - len(parts[0].bad), "val": len(data.val) - len(parts[1].bad)}
+    facts = {"model": model, "classes": len(data.classes), **counts, "resolution": resolution}
+    return {**facts, **comparison, "verdict": verdict(comparison)}
 
 
 def _entries(
