@@ -379,8 +379,8 @@ def test_verdict_on_several_settings_has_a_sentence_for_each() -> None:
     }
     assert compare.verdict(comparison(settings)) == (
         "With 1 label a class, pre-training made no clear difference to linear accuracy, attentive accuracy and kNN; "
-        "raw pixels do better still (31.0 %). With 10 % of the labels, pre-training helped linear accuracy (75.8 % against "
-        "49.6 %), hurt attentive accuracy (49.6 % against 75.8 %) and made no clear difference to kNN."
+        "raw pixels do better still (31.0 %). With 10 % of the labels, pre-training helped linear accuracy (75.8 % "
+        "against 49.6 %), hurt attentive accuracy (49.6 % against 75.8 %) and made no clear difference to kNN."
     )
 
 
