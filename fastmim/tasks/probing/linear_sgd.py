@@ -33,7 +33,7 @@ def linear_sgd_accuracy(
 
     Not as in the papers: no random crops, as the features are those of whole images. Over those, the loss is convex and
     `linear_accuracy` finds its regularised minimum; this method says the same (on photos of hands, from 1 label a class
-    to half of them, within 2 points of it with spreads of 1 to 5) and is there to be compared with papers.
+    to half of them, at most 3 points apart and mostly below 1) and is there to be compared with papers.
     """
     train_x, val_x = standardised(train_x, val_x)
     classes = int(max(train_y.max(), val_y.max())) + 1
