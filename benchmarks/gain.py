@@ -43,7 +43,8 @@ def main() -> None:
             result = fastmim.probe(run, str(options.data))
             print(result["verdict"])
             speed = sorted(line["images_per_s"] for line in run.metrics if line["kind"] == "train")
-            for measure, row in result["summary"].items():
+            (summary,) = result["summary"].values()
+            for measure, row in summary.items():
                 facts = {
                     "set": options.data.name,
                     "seed": seed,

@@ -34,7 +34,6 @@ from fastmim.cli_options import (
     Export,
     Models,
     Pretrain,
-    Probe,
     Report,
     Resume,
     build,
@@ -43,6 +42,7 @@ from fastmim.cli_options import (
     read_words,
     read_yaml,
 )
+from fastmim.cli_probe import Probe, probe
 from fastmim.cli_transfer import Distill, Finetune, Predict, distill, finetune, predict
 from fastmim.config import Config, Section, locate, nearest, update
 from fastmim.errors import UserError
@@ -93,19 +93,6 @@ def resume(words: dict[str, Any]) -> int:
     from fastmim import runs
 
     return finished(runs.resume(path, changes=changes).path)
-
-
-def probe(words: dict[str, Any]) -> int:
-    """Prints accuracies (mean and standard deviation) and the verdict."""
-    options = build(Probe, words, "probe")
-    from fastmim import runs
-
-    result = runs.probe(**options.model_dump())
-    for method, accuracies in result["summary"].items():
-        cells = (f"{weights} {mean:.1f} +- {std:.1f} %" for weights, (mean, std) in accuracies.items())
-        print_styled("bold", f"{method:8}", "   ".join(cells))
-    print(result["verdict"])
-    return OK
 
 
 def report(words: dict[str, Any]) -> int:

@@ -82,30 +82,6 @@ class Resume(Section):
     system: PretrainSystemConfig = PretrainSystemConfig()
 
 
-class Probe(Section):
-    """Measure what was learnt, on labelled images.
-
-    kNN and a linear classifier on the frozen features, beside the same network untrained.
-    """
-
-    target: Positional[Annotated[str, arg(metavar="RUN|MODEL")]]
-    """A run folder, or the name of a timm model."""
-    data: Positional[str]
-    """A folder of class folders, or of train/ and val/ with class folders."""
-    resolution: int | None = Field(default=None, ge=8)
-    """Side of the square image in pixels; that of the pre-training when not given."""
-    fraction: float = Field(default=0.5, gt=0, le=1)
-    """Share of the labelled images that is learnt from in each repetition."""
-    subsets: int = Field(default=3, ge=1)
-    """Repetitions with other labelled images."""
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    """Chooses the labelled images."""
-    device: str | None = None
-    """cuda, cuda:1, mps or cpu; the fastest there is when not given."""
-    workers: int | None = Field(default=None, ge=0)
-    """Processes that read images; from the cores when not given."""
-
-
 class Report(Section):
     """Write an HTML report on a run, or compare several."""
 

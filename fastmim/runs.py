@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +45,8 @@ from fastmim.run_network import (
 from fastmim.seeding import derive
 from fastmim.starts import fill, open_backbone, with_start
 from fastmim.tasks.pretrain import Pretrain, build_mim
-from fastmim.tasks.probe import run_probe
+from fastmim.tasks.probing.run import run_probe
+from fastmim.tasks.probing.settings import read_settings
 from fastmim.tasks.resolve import resolve
 from fastmim.train.checkpoint import Checkpoints
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
@@ -174,35 +175,39 @@ def probe(
     *,
     model: nn.Module | None = None,
     resolution: int | None = None,
-    fraction: float = 0.5,
-    subsets: int = 3,
+    methods: str | Sequence[str] = "knn,linear",
+    labels: str | float | Sequence[str | float] = "50%",
+    repeats: int = 3,
+    k: int = 20,
     seed: int = 0,
     device: str | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """KNN and linear accuracy of frozen features against the same network untrained, over subsets of the labels.
+    """How well classes are told apart by frozen features, against the same network untrained, over subsets of labels.
 
     Args:
-        target: a run, a timm model (its released weights are fetched) or ``local-dir:FOLDER``.
+        target: a run, a timm model (its released weights are fetched), ``local-dir:FOLDER`` or a checkpoint file.
         data: class folders, or train/ and val/ with class folders.
         model: the run's module, where it was not one of timm's.
         resolution: side of the images in pixels; the run's own, or 128.
-        fraction: share of the training labels in each subset.
-        subsets: how many subsets.
-        seed: chooses the subsets.
+        methods: of ``knn``, ``linear``, ``linear-sgd`` and ``attentive`` (fastmim/tasks/probing/methods.py).
+        labels: the share of them, or how many of each class, to learn from: ``10%``, 0.1, ``5/class``, or several.
+        repeats: other labels so often.
+        k: neighbours that vote in kNN.
+        seed: chooses the labels.
         device: where to compute; the fastest there is.
         workers: loader processes.
 
     Returns:
         The content of probe.json (docs/design.md), which is also written into the run's folder, with a new report.
     """
-    labels = labelled(data, seed=seed)
-    opened = open_backbone(target, resolution, model=model, seed=seed)
-    at = pick_device(device)
+    settings = read_settings(methods, labels, repeats, k, seed)
+    images = labelled(data, seed=seed)
+    opened, at = open_backbone(target, resolution, model=model, seed=seed), pick_device(device)
     result = run_probe(
-        opened.backbone.to(at), opened.untrained().to(at), labels, resolution=opened.resolution, mean=opened.mean,
-        std=opened.std, device=at, fraction=fraction, subsets=subsets, seed=seed,
-        workers=pick_workers(workers, at), raw=opened.raw, model=opened.name,
+        opened.backbone.to(at), opened.untrained().to(at), images, settings, resolution=opened.resolution,
+        mean=opened.mean, std=opened.std, device=at, workers=pick_workers(workers, at), raw=opened.raw,
+        model=opened.name, show=True,
     )  # fmt: skip
     result = {"data": str(data), **result}
     if isinstance(target, Run) or (Path(target) / "config.yaml").is_file():
@@ -290,8 +295,8 @@ def _finish(
         result = run_probe(
             whole_network(backbone, config.data.resolution),
             untrained_network(config, None, config.data.resolution).to(device), labels,
-            resolution=config.data.resolution, mean=config.data.mean, std=config.data.std, device=device,
-            seed=config.optim.seed, raw=config.data.values == "raw", model=config.method.model,
+            read_settings(seed=config.optim.seed), resolution=config.data.resolution, mean=config.data.mean,
+            std=config.data.std, device=device, raw=config.data.values == "raw", model=config.method.model,
         )  # fmt: skip
         run.write("probe.json", {"data": config.system.eval_data, **result})
     write_report(run.path)

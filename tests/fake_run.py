@@ -32,6 +32,7 @@ def build(
     images: UInt8[np.ndarray, "N 3 S S"] | None = None,
     bad: Sequence[tuple[str, str]] = (("photos/broken.jpg", "truncated JPEG"),),
     options: dict[str, object] | None = None,
+    labels: dict[str, tuple[int, float]] | None = None,
     seed: int = 0,
 ) -> Path:
     """Writes a whole run folder and returns it.
@@ -43,6 +44,7 @@ def build(
         images: what to show; drawn when not given. S is a multiple of 32.
         bad: rows of bad_images.csv.
         options: further options of the config, by their flat names.
+        labels: settings of the probe: how many labels, and the share of the full accuracy that they give.
         seed: of the noise.
     """
     noise = np.random.default_rng(seed)
@@ -54,7 +56,7 @@ def build(
     records = _metrics(steps, noise)
     (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     _write_pictures(out / "images", images, target, noise)
-    (out / "probe.json").write_text(json.dumps(_probe(noise)), encoding="utf-8")
+    (out / "probe.json").write_text(json.dumps(_probe(noise, labels or {"50%": (1000, 1.0)})), encoding="utf-8")
     (out / "export" / "timm").mkdir(parents=True, exist_ok=True)
     save_file({"blocks.0.weight": np.zeros((5, 1000), np.float32)}, out / "export" / "timm" / "model.safetensors")
     return out
@@ -187,23 +189,27 @@ def _metrics(steps: int, noise: np.random.Generator) -> list[dict[str, object]]:
     return records
 
 
-def _probe(noise: np.random.Generator) -> dict[str, object]:
+def _probe(noise: np.random.Generator, settings: dict[str, tuple[int, float]]) -> dict[str, object]:
     means = {
         "knn": {"trained": 40.8, "untrained": 20.8, "pixels": 67.0},
         "linear": {"trained": 75.8, "untrained": 49.6},
     }
     rows: list[dict[str, object]] = []
-    summary: dict[str, dict[str, list[float]]] = {}
-    for method, weights in means.items():
-        summary[method] = {}
-        for name, mean in weights.items():
-            points = [round(float(mean + noise.normal(0, 0.9)), 2) for _ in range(3)]
-            summary[method][name] = [float(np.mean(points)), float(np.std(points, ddof=1))]
-            rows += [
-                {"weights": name, "method": method, "subset": subset, "labels": 1000, "accuracy": point}
-                for subset, point in enumerate(points)
-            ]
-    trained, untrained = (summary["linear"][name][0] for name in ("trained", "untrained"))
+    summary: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for setting, (labels, share) in settings.items():
+        summary[setting] = {method: {} for method in means}
+        for method, weights in means.items():
+            for name, mean in weights.items():
+                points = [round(float(share * mean + noise.normal(0, 0.9)), 2) for _ in range(3)]
+                summary[setting][method][name] = [float(np.mean(points)), float(np.std(points, ddof=1))]
+                rows += [
+                    {
+                        "labels_setting": setting, "weights": name, "method": method, "subset": subset,
+                        "labels": labels, "accuracy": point,
+                    }
+                    for subset, point in enumerate(points)
+                ]  # fmt: skip
+    trained, untrained = (summary[next(iter(settings))]["linear"][name][0] for name in ("trained", "untrained"))
     verdict = (
         f"It helped: a linear probe is right on {trained:.1f} % of unseen images, against {untrained:.1f} % with the "
         "untrained network, but comparing raw pixels still finds better neighbours."

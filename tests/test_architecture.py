@@ -14,7 +14,7 @@ import fastmim
 PACKAGE = Path(fastmim.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom; a part may always import itself and the leaves.
-LEAVES = {"errors", "seeding", "config", "mask", "machine"}
+LEAVES = {"errors", "evidence", "seeding", "config", "mask", "machine"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "recipes": set(),
@@ -27,11 +27,19 @@ MAY_IMPORT = {
 }
 TOP = {
     *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_embed", "cli_options", "cli_transfer"),
+    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_embed", "cli_options", "cli_probe", "cli_transfer"),
     *("choose", "comparing", "contact_sheet", "embedding", "outcome", "predict", "significance", "speed", "starts"),
     *("transfer", "transfer_setup"),
 }
-LIGHT = ["fastmim", "fastmim.errors", "fastmim.seeding", "fastmim.config", "fastmim.recipes", "fastmim.cli"]
+LIGHT = [
+    "fastmim",
+    "fastmim.errors",
+    "fastmim.evidence",
+    "fastmim.seeding",
+    "fastmim.config",
+    "fastmim.recipes",
+    "fastmim.cli",
+]
 
 
 def part(path: Path) -> str:

@@ -44,9 +44,9 @@ def test_a_whole_run_is_told(run: Path, page: Page) -> None:
     assert "for 40 epochs, which took 1 min 19 s on NVIDIA H200." in page.text
     assert probe["verdict"] in page.text
     for method in ("knn", "linear"):
-        for mean, spread in probe["summary"][method].values():
+        for mean, spread in probe["summary"]["50%"][method].values():
             assert f"{mean:.1f} \N{PLUS-MINUS SIGN} {spread:.1f} %" in page.text
-        (trained, _), (untrained, _) = probe["summary"][method]["trained"], probe["summary"][method]["untrained"]
+        (trained, _), (untrained, _) = (probe["summary"]["50%"][method][name] for name in ("trained", "untrained"))
         assert f"{trained - untrained:+.1f}" in page.text
     assert "Nearest neighbours (kNN): raw pixels do better" in page.text
     assert "The device often stood idle" in page.text
@@ -59,15 +59,45 @@ def test_a_change_within_the_spread_is_not_called_a_gain(run: Path, tmp_path: Pa
     shutil.copytree(run, tmp_path / "run")
     probe = json.loads((run / "probe.json").read_text(encoding="utf-8"))
     probe["rows"] = [
-        {"weights": weights, "method": "knn", "subset": subset, "labels": 100, "accuracy": accuracy}
+        {
+            "labels_setting": "50%", "weights": weights, "method": "knn", "subset": subset, "labels": 100,
+            "accuracy": accuracy,
+        }
         for weights, accuracies in {"trained": (31.0, 29.0), "untrained": (30.0, 29.5)}.items()
         for subset, accuracy in enumerate(accuracies)
-    ]
-    probe["summary"] = {"knn": {"trained": [30.0, 1.41], "untrained": [29.75, 0.35]}}
+    ]  # fmt: skip
+    probe["summary"] = {"50%": {"knn": {"trained": [30.0, 1.41], "untrained": [29.75, 0.35]}}}
     (tmp_path / "run" / "probe.json").write_text(json.dumps(probe), encoding="utf-8")
     text = Page(write_report(tmp_path / "run")).text
     assert "What did not improve" in text
     assert "no clear change (+0.2 points" in text
+
+
+def test_several_settings_of_labels_stand_beside_each_other(tmp_path: Path) -> None:
+    settings = {"50%": (1000, 1.0), "1/class": (10, 0.2), "10%": (200, 0.6)}
+    run = build(tmp_path / "run", labels=settings)
+    probe, text = json.loads((run / "probe.json").read_text(encoding="utf-8")), Page(write_report(run)).text
+    for methods in probe["summary"].values():
+        for accuracies in methods.values():
+            for mean, spread in accuracies.values():
+                assert f"{mean:.1f} \N{PLUS-MINUS SIGN} {spread:.1f} %" in text
+    assert "trained on 10 or 200 or 1,000 labelled images (3 subsets of each size)" in text
+    section = text[text.index("Did it help?") :]
+    assert section.index("1 label a class") < section.index("10 % of the labels") < section.index("50 % of the labels")
+    trained, untrained = (probe["summary"]["50%"]["knn"][name][0] for name in ("trained", "untrained"))
+    tile = "Nearest neighbours (kNN), 50 % of the labels, untrained to pre-trained"
+    assert f"{tile} {untrained:.1f} \N{RIGHTWARDS ARROW} {trained:.1f} %" in text
+    assert "1 label a class, untrained to pre-trained" not in text
+
+
+def test_a_probe_of_an_earlier_version_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    probe = json.loads((run / "probe.json").read_text(encoding="utf-8"))
+    for row in probe["rows"]:
+        del row["labels_setting"]
+    (tmp_path / "run" / "probe.json").write_text(json.dumps(probe | {"summary": probe["summary"]["50%"]}))
+    with pytest.raises(UserError, match="earlier version; run fastmim probe again"):
+        write_report(tmp_path / "run")
 
 
 def test_the_command_gives_the_same_config(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def say(run: Run, result: dict[str, Any]) -> None:
     """The measurements in a small table, the verdict, and where the weights are."""
     names = ("trained", "untrained", "pixels")
     print(f"\n{'accuracy in %':16}" + "".join(f"{name:>16}" for name in names))
-    for method, row in result["summary"].items():
+    (summary,) = result["summary"].values()
+    for method, row in summary.items():
         cells = (f"{row[name][0]:.1f} +- {row[name][1]:.1f}" if name in row else "" for name in names)
         print(f"{method:16}" + "".join(f"{cell:>16}" for cell in cells))
     print(f"\n{result['verdict']}\n")

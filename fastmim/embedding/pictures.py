@@ -16,7 +16,7 @@ from fastmim.embedding.folders import Classes
 from fastmim.embedding.formats import plain
 from fastmim.embedding.map import draw_map, lay_out, most_images, shortened
 from fastmim.embedding.parts import Parts
-from fastmim.tasks.probe import nearest_neighbours
+from fastmim.tasks.probing.knn import nearest_neighbours
 from fastmim.train.checkpoint import write_file
 
 QUERIES, NEIGHBOURS, TILE = 10, 8, 96

@@ -74,8 +74,8 @@ def _how(runs: Sequence[Folder]) -> str:
         )
     if any(isinstance(run, RunFolder) and run.probe for run in runs):
         return (
-            "Accuracies are mean and standard deviation over subsets of labels; in brackets the gain over the "
-            "untrained network in points of per cent."
+            "Accuracies are mean and standard deviation over subsets of labels, where there are several shares of the "
+            "labels with the largest; in brackets the gain over the untrained network in points of per cent."
         )
     return ""
 
@@ -129,7 +129,8 @@ def _results(run: RunFolder | TransferFolder) -> dict[str, str]:
 
 
 def _pretraining_results(run: RunFolder) -> dict[str, str]:
-    found = {one.method: one for one in verdict.comparisons(run.probe)} if run.probe else {}
+    most = verdict.most_labels(verdict.comparisons(run.probe)) if run.probe else []
+    found = {one.method: one for one in most}
     loss, held_out = facts.last(run.train, "loss"), facts.last(run.evals, "val_loss")
     return {
         "Loss": f"{loss:.4g}" if loss is not None else "",

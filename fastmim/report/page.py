@@ -88,7 +88,7 @@ def _report(run: RunFolder) -> dict[str, Any]:
         "charts": _training_charts(run),
         "kind": shown.kind if shown else "",
         "samples": figures.reconstruction_rows(shown, *_colours(data)) if shown else [],
-        "comparisons": found,
+        "methods": verdict.by_method(found),
         "setting": verdict.setting(probe) if probe else "",
         "chance": 100 / probe["classes"] if probe else 0.0,
         "shortfalls": verdict.shortfalls(found),
@@ -107,11 +107,11 @@ def _colours(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _tiles(run: RunFolder, found: Sequence[verdict.Comparison]) -> list[tuple[str, str]]:
     rows = []
-    for one in found:
+    for one in verdict.most_labels(found):
         trained, untrained = one.row("trained"), one.row("untrained")
         if trained and untrained:
             change = f"{untrained.mean:.1f} \N{RIGHTWARDS ARROW} {trained.mean:.1f} %"
-            rows.append((f"{one.label}, untrained to pre-trained", change))
+            rows.append((f"{one.title}, untrained to pre-trained", change))
     losses, seconds, speed = facts.values(run.evals, "val_loss"), facts.seconds_spent(run), facts.speed(run)
     if losses:
         rows.append((f"loss on held-out images, from {losses[0]:.3g}", f"{losses[-1]:.3g}"))

@@ -4,10 +4,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastmim.errors import UserError
+from fastmim.evidence import Outcome, clear, of_labels
 from fastmim.report.curves import is_number
 from fastmim.report.folder import Record
 
-METHODS = {"knn": "Nearest neighbours (kNN)", "linear": "Linear probe"}
+METHODS = {
+    "knn": "Nearest neighbours (kNN)",
+    "linear": "Linear probe",
+    "linear-sgd": "Linear probe by SGD",
+    "attentive": "Attentive probe",
+}
 WEIGHTS = {"trained": "Pre-trained", "untrained": "Untrained", "pixels": "Raw pixels"}
 
 
@@ -29,10 +36,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method: the rows, and the pre-trained weights against each of the others in points of per cent."""
+    """One method with so many labels: the rows, and the pre-trained weights against the others in points of per cent.
+
+    ``setting`` says in words how many labels, and is empty where the probe has one setting only.
+    """
 
     method: str
     label: str
+    setting: str
+    labels: int
     rows: list[Row]
 
     def row(self, weights: str) -> Row | None:
@@ -45,25 +57,57 @@ class Comparison:
         return trained.mean - other.mean if trained and other else None
 
     def clear(self, over: str = "untrained") -> bool:
-        """The rule of the probe's own verdict: a difference above both spreads, of the same sign on every subset."""
+        """Whether the difference is clear, by the rule of the probe's own verdict."""
+        return self.outcome(over) != "unclear"
+
+    def outcome(self, over: str = "untrained") -> Outcome:
+        """What the pre-trained weights are, against the others."""
         trained, other = self.row("trained"), self.row(over)
-        if not trained or not other:
-            return False
-        differences = [after - before for after, before in zip(trained.points, other.points, strict=True)]
-        one_sided = min(differences) > 0 or max(differences) < 0
-        return one_sided and abs(trained.mean - other.mean) > max(trained.spread, other.spread)
+        return clear(trained.points, other.points) if trained and other else "unclear"
+
+    @property
+    def title(self) -> str:
+        """The method, and the labels where there are several settings."""
+        return f"{self.label}, {self.setting}" if self.setting else self.label
 
 
 def comparisons(probe: Record) -> list[Comparison]:
-    """The summary of ``probe.json``, method by method."""
+    """The summary of ``probe.json``: method by method, each from few labels to many.
+
+    Raises:
+        UserError: an earlier version wrote it.
+    """
+    if any("labels_setting" not in row for row in probe["rows"]):
+        raise UserError("probe.json was written by an earlier version; run fastmim probe again, or remove it")
+    counts = {row["labels_setting"]: row["labels"] for row in probe["rows"]}
+    several = len(counts) > 1
+    methods = dict.fromkeys(method for summary in probe["summary"].values() for method in summary)
+    return [
+        _comparison(probe, method, setting, of_labels(setting) if several else "")
+        for method in methods
+        for setting in sorted(counts, key=lambda name: counts[name])
+    ]
+
+
+def _comparison(probe: Record, method: str, setting: str, words: str) -> Comparison:
+    rows = [row for row in probe["rows"] if (row["method"], row["labels_setting"]) == (method, setting)]
     found = []
-    for method, summary in probe["summary"].items():
-        rows = []
-        for weights, (mean, spread) in summary.items():
-            points = [row["accuracy"] for row in probe["rows"] if (row["method"], row["weights"]) == (method, weights)]
-            rows.append(Row(weights, WEIGHTS.get(weights, weights), mean, spread if is_number(spread) else 0.0, points))
-        found.append(Comparison(method, METHODS.get(method, method), rows))
-    return found
+    for weights, (mean, spread) in probe["summary"][setting][method].items():
+        points = [row["accuracy"] for row in rows if row["weights"] == weights]
+        found.append(Row(weights, WEIGHTS.get(weights, weights), mean, spread if is_number(spread) else 0.0, points))
+    labels = next((row["labels"] for row in rows), 0)
+    return Comparison(method, METHODS.get(method, method), words, labels, found)
+
+
+def by_method(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
+    """The comparisons of each method below its label."""
+    labels = dict.fromkeys(one.label for one in found)
+    return [(label, [one for one in found if one.label == label]) for label in labels]
+
+
+def most_labels(found: Sequence[Comparison]) -> list[Comparison]:
+    """Of each method the comparison with the most labels."""
+    return list({one.method: one for one in sorted(found, key=lambda one: one.labels)}.values())
 
 
 def shortfalls(found: Sequence[Comparison]) -> list[str]:
@@ -73,13 +117,13 @@ def shortfalls(found: Sequence[Comparison]) -> list[str]:
         gain, pixels = one.gain(), one.gain("pixels")
         if gain is not None and not one.clear():
             sentences.append(
-                f"{one.label}: no clear change ({gain:+.1f} points, no more than the choice of labels makes)."
+                f"{one.title}: no clear change ({gain:+.1f} points, no more than the choice of labels makes)."
             )
         elif gain is not None and gain < 0:
-            sentences.append(f"{one.label}: worse than the untrained network ({gain:+.1f} points).")
+            sentences.append(f"{one.title}: worse than the untrained network ({gain:+.1f} points).")
         if pixels is not None and pixels < 0:
             sentences.append(
-                f"{one.label}: raw pixels do better ({-pixels:.1f} points ahead of the pre-trained network)."
+                f"{one.title}: raw pixels do better ({-pixels:.1f} points ahead of the pre-trained network)."
             )
     return sentences
 
@@ -89,8 +133,8 @@ def setting(probe: Record) -> str:
     labels = sorted({row["labels"] for row in probe["rows"]})
     subsets = len({row["subset"] for row in probe["rows"]})
     drawn = " or ".join(f"{count:,}" for count in labels)
+    times = f"{subsets} {'subsets' if subsets != 1 else 'subset'}{' of each size' if len(labels) > 1 else ''}"
     return (
-        f"{probe['classes']:,} classes; trained on {drawn} labelled images ({subsets} "
-        f"{'subsets' if subsets != 1 else 'subset'}), tested on {probe['val']:,} others at {probe['resolution']} px. "
-        f"Chance is {100 / probe['classes']:.3g} %."
+        f"{probe['classes']:,} classes; trained on {drawn} labelled images ({times}), tested on {probe['val']:,} "
+        f"others at {probe['resolution']} px. Chance is {100 / probe['classes']:.3g} %."
     )

@@ -3,9 +3,10 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
+import psutil
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float16, Int64
 from torch import Tensor, nn
 
 from fastmim.errors import UserError
@@ -33,6 +34,7 @@ def features(
     std: tuple[float, ...],
     *,
     pooling: Callable[[list[Tensor]], Tensor] = pool,
+    keep: Callable[[Float[Tensor, "B D h w"]], None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"] | None]:
     """The pooled features of every image in float32 on the CPU, and the labels where the loader has them.
@@ -45,6 +47,7 @@ def features(
         mean: what is subtracted from each colour (0 to 1).
         std: what each colour is divided by.
         pooling: makes one vector of an image's maps.
+        keep: called with the last map of each batch, before it is pooled.
         progress: called after each batch.
 
     Raises:
@@ -54,7 +57,10 @@ def features(
     scale = torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def encode(images: Tensor) -> Tensor:
-        return pooling(network((as_floats(images.to(device)) - shift) / scale)).float().cpu()
+        maps = network((as_floats(images.to(device)) - shift) / scale)
+        if keep:
+            keep(maps[-1])
+        return pooling(maps).float().cpu()
 
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -64,6 +70,45 @@ def features(
     finally:
         for module, training in modes:
             module.training = training
+
+
+class TokenBank:
+    """Last maps that are not pooled, in float16 on the CPU: its ``add`` is what `features` keeps maps with.
+
+    Args:
+        images: how many there will be at most.
+    """
+
+    def __init__(self, images: int) -> None:
+        self._images, self._filled = images, 0
+        self._store: Tensor | None = None
+
+    @property
+    def tokens(self) -> Float16[Tensor, "N T D"]:
+        """One token for each place of the map, of all images so far."""
+        assert self._store is not None
+        return self._store[: self._filled]
+
+    def add(self, last: Float[Tensor, "B D h w"]) -> None:
+        """Keeps one more batch.
+
+        Raises:
+            UserError: all images together would need more than a quarter of the memory that is free.
+        """
+        found = last.flatten(2).transpose(1, 2).float()
+        if self._store is None:
+            need, free = 2 * self._images * found[0].numel(), psutil.virtual_memory().available
+            if need > free / 4:
+                raise UserError(
+                    f"the tokens of {self._images:,} images need {need / 2**30:.1f} GiB, more than a quarter of the "
+                    f"{free / 2**30:.1f} GiB that are free; use fewer images or a smaller --resolution, or leave out "
+                    "the methods that read tokens (attentive)"
+                )
+            self._store = torch.empty(self._images, *found.shape[1:], dtype=torch.float16)
+        # What is beyond float16 would become infinite, and then no number.
+        largest = torch.finfo(torch.float16).max
+        self._store[self._filled : self._filled + len(found)] = found.clamp(-largest, largest).cpu()
+        self._filled += len(found)
 
 
 def pixel_features(

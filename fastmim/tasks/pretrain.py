@@ -23,7 +23,9 @@ from fastmim.mim.model import MaskedImageModel, as_floats
 from fastmim.mim.targets import HOG, TARGETS, Target
 from fastmim.tasks.features import features
 from fastmim.tasks.param_groups import decay_groups
-from fastmim.tasks.probe import effective_rank, knn_accuracy, linear_accuracy, nearest_neighbours
+from fastmim.tasks.probing.knn import knn_accuracy, nearest_neighbours
+from fastmim.tasks.probing.linear import linear_accuracy
+from fastmim.tasks.probing.rank import effective_rank
 from fastmim.tasks.resolve import cells_of
 
 Batch = dict[str, Tensor]
