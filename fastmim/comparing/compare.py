@@ -195,10 +195,10 @@ def _notes(
         notes.append(f"Interrupted: {len(rounds)} of {len(plan.seeds)} seeds are complete, and only these count.")
     if len(rounds) == 1:
         notes.append("There is one seed: how much is luck cannot be told.")
-    for start in starts.others:
-        notes.append(
-            f"{start.name} is another network ({start.network}, not {starts.network}), so more than its weights differ."
-        )
+    notes += [
+        f"{start.name} is another network ({start.network}, not {starts.network}), so more than its weights differ."
+        for start in starts.others
+    ]
     lost = left_out(leaks, len(measured.paths))
     if lost.any() and whole:
         notes.append(
