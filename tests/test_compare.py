@@ -385,6 +385,12 @@ def test_a_budget_that_is_not_the_same_is_said(images: Path, tmp_path: Path) -> 
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "steps": 999}), encoding="utf-8")
     notes = compared(images, out, run).facts["notes"]
     assert "Not the same for all: steps, 200 (scratch) and 999 (good)." in notes
+    options = next((out / "runs").glob("good-*-0/config.yaml"))
+    options.write_text(
+        options.read_text(encoding="utf-8").replace("weight_decay: 0.05", "weight_decay: 0.3"), encoding="utf-8"
+    )
+    notes = compared(images, out, run).facts["notes"]
+    assert "Not the same for all: weight decay, 0.05 (scratch), 0.3 (good)." in notes
 
 
 def test_a_comparison_of_hints_asks_for_more_seeds(tmp_path: Path) -> None:

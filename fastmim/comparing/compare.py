@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmim.comparing import page
 from fastmim.comparing.leakage import Leak, check, left_out
-from fastmim.comparing.measure import Judged, Measured, budgets, judge, read_all, read_predictions
+from fastmim.comparing.measure import Judged, Measured, budgets, judge, options_apart, read_all, read_predictions
 from fastmim.comparing.plan import Plan, Say, Trainer, chosen, label_settings, run_all, whole_rounds
 from fastmim.comparing.starts import SCRATCH, Starts, find_starts
 from fastmim.comparing.verdict import sentence
@@ -191,15 +191,15 @@ def _notes(
     plan: Plan, starts: Starts, rounds: tuple[int, ...], measured: Measured, leaks: list[Leak], whole: bool
 ) -> list[str]:
     """What a reader must know before believing the numbers."""
-    notes = budgets(measured)
+    notes = [*budgets(measured), *options_apart(plan, rounds[0])]
     if len(rounds) < len(plan.seeds):
         notes.append(f"Interrupted: {len(rounds)} of {len(plan.seeds)} seeds are complete, and only these count.")
     if len(rounds) == 1:
         notes.append("There is one seed: how much is luck cannot be told.")
-    for start in starts.others:
-        notes.append(
-            f"{start.name} is another network ({start.network}, not {starts.network}), so more than its weights differ."
-        )
+    notes += [
+        f"{start.name} is another network ({start.network}, not {starts.network}), so more than its weights differ."
+        for start in starts.others
+    ]
     lost = left_out(leaks, len(measured.paths))
     if lost.any() and whole:
         notes.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from jaxtyping import Bool
 
 from fastmim.comparing.plan import Cell, Plan
@@ -19,6 +20,8 @@ from fastmim.run_folder import Run
 from fastmim.significance import Outcome, compare_pair, detectable, holm, outcome, wilson
 
 Correct = Bool[np.ndarray, "seeds images"]
+MAY_DIFFER = {"start", "out", "model", "model_args", "overwrite"}
+"""Options of fine-tuning that say what the start is, or where it goes."""
 
 
 @dataclass(frozen=True)
@@ -240,3 +243,24 @@ def budgets(measured: Measured) -> list[str]:
                 found.append(f"Not the same for all: {what}, {counts}.")
                 break
     return found
+
+
+def options_apart(plan: Plan, seed: int) -> list[str]:
+    """Options that fine-tuning resolved differently for the starts, in plain sentences: it may know what suits one."""
+    options = {start.name: _options(plan.folder(Cell(start, plan.labels[0], seed))) for start in plan.starts}
+    names = sorted({name for one in options.values() for name in one} - MAY_DIFFER)
+    found = []
+    for name in names:
+        values = {start: one.get(name) for start, one in options.items()}
+        if len({repr(value) for value in values.values()}) > 1:
+            shown = ", ".join(f"{value} ({start})" for start, value in values.items())
+            found.append(f"Not the same for all: {name.replace('_', ' ')}, {shown}.")
+    return found
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    """The options of a run by name, out of their sections."""
+    sections = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    return {
+        name: value for section in sections.values() if isinstance(section, dict) for name, value in section.items()
+    }

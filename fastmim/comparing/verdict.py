@@ -23,7 +23,7 @@ def sentence(judged: Judged, plan: Plan, shuffled: bool = False, left_out: int =
     """
     names = [start.name for start in plan.starts if start.name != SCRATCH]
     against = {name: [judged.difference(labels, name, SCRATCH) for labels in plan.labels] for name in names}
-    rest = f" (without {left_out:,} leaked test images)" if left_out else ""
+    rest = f" (without {left_out:,} leaked test image{'s' if left_out > 1 else ''})" if left_out else ""
     if judged.seeds < 2:
         return _one_seed(judged, against) + rest + "."
     above = any(score.beats_chance for score in judged.scores)
