@@ -126,8 +126,9 @@ class Blueprint:
     def _draw(self, resolution: int) -> Plan:
         with torch.device("meta"):
             model = create(self.name, **self.model_args)
-            if hasattr(model, "set_input_size"):
-                # Here timm scales the windows with the size; the argument img_size alone leaves them as they were.
+            if hasattr(model, "set_input_size") and "window_size" not in self.model_args:
+                # Here timm scales the windows with the size; the argument img_size alone leaves them as they were, as
+                # somebody may want who names a window.
                 model.set_input_size(img_size=resolution)
             else:
                 with contextlib.suppress(TypeError):  # has no such argument: most convolutional networks
