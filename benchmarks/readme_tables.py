@@ -11,7 +11,11 @@ from pathlib import Path
 
 import rows
 
+from fastmim.recipes import finetune
+
 HOME = Path(__file__).resolve().parents[1]
+# What an H100 does in an hour at 40 % of its 989 TFLOP/s, in multiply-accumulates; and the images of ImageNet-1k.
+H100_HOUR, IMAGENET = 0.4 * 989e12 / 2 * 3600, 1_281_167
 # Images a second that one H200 takes of ViT-B/16 at 128 px (assumed), and multiply-accumulates at 224 px (billions).
 DEMAND, COST = 10_000, {"ViT-S/16": 4.6, "ViT-B/16": 17.6, "ViT-L/16": 61.6}
 
@@ -156,6 +160,44 @@ def costs() -> str:
     return "\n".join([*lines, "", f"(with a head of 1000 classes; one image, forward; timm {one['timm']})"])
 
 
+def recipes() -> str:
+    """The fine-tuning recipes by name, and what each costs on ImageNet-1k."""
+    gmacs = {row["model"]: float(row["gmacs"]) for row in rows.read("costs")}
+    lines = ["| `--recipe` | px | batch | learning rate | epochs | layer decay | drop path | cost |", "|---" * 8 + "|"]
+    for name in finetune.names():
+        config = finetune.load(name)
+        data, method, optim = config.data, config.method, config.optim
+        batch, rate = optim.global_batch or "from the images", f"{optim.lr:g}" if optim.lr else "from the batch"
+        decay = f"{optim.layer_decay:.2f}" if optim.layer_decay else "0.75"
+        cost = ""
+        if method.model is not None:
+            # Backward costs twice as much as forward.
+            total = 3 * gmacs[method.model] * IMAGENET * optim.epochs * 1e9
+            cost = f"{total / 1e18:.1f}e18 MACs, {total / H100_HOUR:.0f} h of an H100"
+        cells = [f"`{name}`", data.resolution, batch, rate, f"{optim.epochs:g}", decay, method.drop_path, cost]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def compared() -> str:
+    """Fine-tuning from every start, against untrained weights, and the control with shuffled labels."""
+    found = rows.read("compare")
+    newest = [row for row in found if row["commit"] == found[-1]["commit"] and row["set"] == found[-1]["set"]]
+    lines = ["| labels | start | accuracy | against scratch | p | verdict |", "|---|---|---|---|---|---|"]
+    for row in newest:
+        labels = row["labels"].replace("%", " %") + (", shuffled (control)" if row["shuffled"] == "True" else "")
+        gain = f"{float(row['difference']):+.1f} ({float(row['low']):+.1f} to {float(row['high']):+.1f})"
+        against = [gain, row["p"], row["outcome"]] if row["difference"] else ["", "", ""]
+        start = "untrained" if row["start"] == "scratch" else "pre-trained"
+        accuracy = f"{float(row['mean']):.1f} ± {float(row['spread']):.1f}"
+        lines.append(f"| {' | '.join([labels, start, accuracy, *against])} |")
+    one = newest[0]
+    return "\n".join(
+        [*lines, "", f"({one['train']} labelled images, {one['test']} test images, {one['seeds']} seeds; {one['steps']} steps"
+         f" of {one['global_batch']} images for every start; {one['machine']})"]
+    )  # fmt: skip
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "methods": lambda: methods(short=True),
@@ -166,6 +208,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"methods": methods, "phases": phases},
     "docs/data.md": {"data": data, "cores": cores},
     "docs/backbones.md": {"costs": costs},
+    "docs/finetune.md": {"recipes": recipes},
 }
 
 
