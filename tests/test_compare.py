@@ -231,7 +231,7 @@ def test_what_cannot_be_checked_is_said(images: Path, tmp_path: Path) -> None:
     assert not first.checked and "gone" in first.note
     assert second.checked and not second.exact and "60 are training images of this set, which is fair" in second.note
     assert not third.checked and "not known" in third.note
-    with pytest.raises(UserError, match="not among the images"):
+    with pytest.raises(UserError, match="not among the test images"):
         check(str(images), ["elsewhere.png"], [])
 
 

@@ -16,7 +16,7 @@ from fastmim.comparing.plan import Plan, Say, Trainer, chosen, label_settings, r
 from fastmim.comparing.starts import SCRATCH, Starts, find_starts
 from fastmim.comparing.verdict import sentence
 from fastmim.config import DataConfig
-from fastmim.data.labelled import labelled
+from fastmim.data.splits import splits
 from fastmim.errors import UserError
 from fastmim.report.facts import shell_word
 from fastmim.run_folder import free_folder, locked
@@ -73,7 +73,7 @@ def compare(
     starts can be added.
 
     Args:
-        data: labelled images, as for ``fastmim.probe``: class folders, or train/ and val/ with class folders.
+        data: labelled images, as for ``fastmim.finetune``: class folders, train/ and val/ with them, or a .csv.
         inits: scratch (added where it is missing), imagenet, run folders, timm names, local-dir:FOLDER, or files.
         model: the network; that of the first run when None.
         labels: settings: 10% of the labels, 5/class, or all.
@@ -124,12 +124,11 @@ def _plan(
     """The grid, and its folder; a mistake in the images is told here, before hours are spent."""
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}, but at least one is needed, and three to show anything")
-    sets = labelled(data)
+    state = splits(data).fingerprint
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written to: {error.strerror}") from None
-    state = f"{sets.train.fingerprint} {sets.val.fingerprint}"
     return Plan(data, state, starts.all, settings, tuple(range(seeds)), words, _models(starts), folder)
 
 

@@ -19,9 +19,9 @@ from fastmim.data.inspection import duplicates
 from fastmim.data.inspection.look import Look, crashed, row_type
 from fastmim.data.inspection.pool import over_processes
 from fastmim.data.inspection.statistics import spread
-from fastmim.data.labelled import labelled
 from fastmim.data.read import is_remote
 from fastmim.data.sources.scan import scan
+from fastmim.data.splits import splits
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 from fastmim.machine import cores
@@ -79,16 +79,15 @@ def check(data: str, test: Sequence[str], starts: Sequence[Start]) -> list[Leak]
     Raises:
         UserError: a test image is not among ``data``.
     """
-    every = scan([data])
-    place = {name: row for row in range(len(every)) for name in (every.name(row), every.path(row))}
+    parts = splits(data)
+    every = parts.test.table
+    place = {every.path(row): row for row in range(len(every))}
     unknown = next((path for path in test if path not in place), None)
     if unknown is not None:
-        raise UserError(f"predictions name {unknown!r}, which is not among the images of {data}")
+        raise UserError(f"predictions name {unknown!r}, which is not among the test images of {data}")
     rows = np.array([place[path] for path in test], dtype=np.int64)
     images = every.take(rows)
-    sets = labelled(data)
-    fitted = [place[sets.train.path(row)] for row in range(len(sets.train))]
-    training = every.take(np.setdiff1d(np.array(fitted, dtype=np.int64), rows))
+    training = parts.train.table
     found = [compare_tables(TRAIN, training, images, 3, False)]
     for start in starts:
         if start.kind == "run":
