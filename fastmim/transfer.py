@@ -10,27 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from fastmim.config import DistillConfig, FinetuneConfig, TransferConfig, update
+from fastmim.data.loader import EvalLoader
 from fastmim.data.pictures import Pictures
 from fastmim.data.sources.scan import first_look
 from fastmim.data.splits import Splits
 from fastmim.data.workers import lost_workers
 from fastmim.errors import UserError
 from fastmim.export import export_timm
-from fastmim.outcome import measure, write_outcome
+from fastmim.outcome import measure, worst_table, write_outcome
 from fastmim.recipes import finetune as recipes
 from fastmim.report.page import write_report
 from fastmim.run_folder import Run, locked, named_folder, prepare_folder, write_config
-from fastmim.run_images import crop_place, training_loader, training_pictures, waiting_remedy
+from fastmim.run_images import crop_place, plain_pictures, training_loader, training_pictures, waiting_remedy
 from fastmim.run_network import count_steps, with_micro_batch
 from fastmim.tasks.classify import Classify
-from fastmim.train.checkpoint import Checkpoints
+from fastmim.tasks.pretrain import viewable
+from fastmim.train.checkpoint import Checkpoints, write_file
 from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
 from fastmim.train.distributed import Ranks, barrier, ranks
 from fastmim.train.engine import Fit, Plan
 from fastmim.train.log import RunLog
 from fastmim.transfer_setup import again, augment_of, begin, order_of, part_loader, read_splits, task_of
+
+# Side of the pictures of mistakes in the report, in pixels.
+_THUMB = 96
 
 
 def finetune(
@@ -264,7 +270,21 @@ def _finish(run: Run, config: TransferConfig, task: Classify, found: Splits, dev
         config.method.model, config.method.model_args, task.judged.state_dict(), run.exported,
         resolution=data.resolution, mean=data.mean, std=data.std, card=card, classes=found.classes,
     )  # fmt: skip
+    _show_mistakes(run, config, found)
     write_report(run.path)
+
+
+def _show_mistakes(run: Run, config: TransferConfig, found: Splits) -> None:
+    """images/mistakes.safetensors: the worst mistakes as pictures, in the order in which finetune.json names them."""
+    mistakes = (run.read("finetune.json") or {})["mistakes"]
+    if not mistakes:
+        return
+    table = worst_table(found, mistakes)
+    (run.path / "images").mkdir(exist_ok=True)
+    thumbs = torch.zeros(len(table), 3, _THUMB, _THUMB, dtype=torch.uint8)
+    for batch in EvalLoader(plain_pictures(config, table), resolution=_THUMB, batch_size=len(table)):
+        thumbs[batch["indices"]] = viewable(batch["images"], config)
+    write_file(run.path / "images" / "mistakes.safetensors", save({"thumbs": thumbs}))
 
 
 def _open(folder: Path, config: TransferConfig, found: Splits, device: torch.device, here: Ranks) -> Run:
@@ -280,11 +300,16 @@ def _open(folder: Path, config: TransferConfig, found: Splits, device: torch.dev
             {
                 "paths": [config.data.path], "images": len(found.train), "bytes": found.train.table.bytes,
                 "formats": found.train.table.formats, "classes": found.classes, "split": found.how,
-                "counts": counts, "fingerprint": found.fingerprint,
+                "counts": counts, "shown": "test" if _shares_test(found) else "val", "fingerprint": found.fingerprint,
             },
         )  # fmt: skip
     barrier()
     return Run(folder)
+
+
+def _shares_test(found: Splits) -> bool:
+    """Whether what is looked at on the way are the test images."""
+    return found.shown.table.fingerprint == found.test.table.fingerprint
 
 
 def _crop_place(config: TransferConfig, pictures: Pictures, device: torch.device) -> str:

@@ -3,15 +3,15 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 from statistics import fmean, median
 from typing import Any
 
 from fastmim import recipes
-from fastmim.config import Config
+from fastmim.config import Config, RunConfig
 from fastmim.report.curves import is_number
-from fastmim.report.folder import Record, RunFolder
+from fastmim.report.folder import Folder, Record, RunFolder
 
 # Options that say where a run goes, not what it is.
 PLACE = {"out", "overwrite", "allow_data_change"}
@@ -68,9 +68,9 @@ def values(records: list[Record], key: str) -> list[float]:
     return [record[key] for record in records if is_number(record.get(key))]
 
 
-def dataset_name(config: Config | None) -> str:
+def dataset_name(paths: Sequence[str]) -> str:
     """The images by the names of their folders."""
-    names = [_folder_name(path) for path in config.data.paths] if config else []
+    names = [_folder_name(path) for path in paths]
     rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return " and ".join(names[:2]) + rest if len(names) <= 2 else ", ".join(names[:2]) + rest
 
@@ -83,7 +83,7 @@ def _folder_name(path: str) -> str:
     )
 
 
-def device_name(run: RunFolder) -> str:
+def device_name(run: Folder) -> str:
     """The device by the name that it was recorded under."""
     kind, name = run.environment.get("device"), run.environment.get("device_name")
     # What a processor calls itself is often just its family, such as x86_64.
@@ -91,12 +91,12 @@ def device_name(run: RunFolder) -> str:
     return str(found or (run.config.system.device if run.config else None) or "")
 
 
-def seconds_spent(run: RunFolder) -> float | None:
+def seconds_spent(run: Folder) -> float | None:
     """Seconds over all sittings."""
     return last(sorted(run.train + run.evals, key=lambda record: record["step"]), "seconds")
 
 
-def samples_seen(run: RunFolder) -> float | None:
+def samples_seen(run: Folder) -> float | None:
     """Images that went through the network, repeats counted."""
     return last(run.train, "samples") or run.status.get("samples")
 
@@ -106,7 +106,7 @@ def lead(run: RunFolder) -> str:
     config, seconds, images = run.config, seconds_spent(run), run.data.get("images")
     words = [config.method.model if config else "A network", "was pre-trained", _start(config)]
     words.append(f"on {images:,} unlabelled images" if images else "on unlabelled images")
-    words.append(f"from {dataset_name(config)}" if dataset_name(config) else "")
+    words.append(f"from {dataset_name(config.data.paths)}" if config and config.data.paths else "")
     words.append(f"at {', then '.join(str(size) for size, _ in config.data.course)} px" if config else "")
     epoch = last(run.train, "epoch")
     if config and finished(run):
@@ -118,12 +118,12 @@ def lead(run: RunFolder) -> str:
     return " ".join(word for word in words if word) + taken + "."
 
 
-def finished(run: RunFolder) -> bool:
+def finished(run: Folder) -> bool:
     """The run did all of its steps."""
     return run.status.get("state") == "finished"
 
 
-def unfinished(run: RunFolder) -> str:
+def unfinished(run: Folder) -> str:
     """Why the report is not of a whole run; empty when it is."""
     if finished(run):
         return ""
@@ -141,12 +141,9 @@ def unfinished(run: RunFolder) -> str:
 def key_facts(run: RunFolder) -> list[tuple[str, str]]:
     """Name and value of what one asks first."""
     config = run.config
-    facts: list[tuple[str, str]] = []
-    if config:
-        parameters = f", {_million(run.parameters)} parameters" if run.parameters else ""
-        facts.append(("Network", f"{config.method.model}{parameters}"))
+    facts = [("Network", f"{config.method.model}{parameters(run)}")] if config else []
     if run.data:
-        facts.append(("Images", _images(run.data)))
+        facts.append(("Images", images_on_disk(run.data)))
     if config:
         method, optim = config.method, config.optim
         cell = f" in cells of {method.cell} px" if method.cell and not method.scales else ""
@@ -162,13 +159,28 @@ def key_facts(run: RunFolder) -> list[tuple[str, str]]:
             ("Predicted", f"{TARGETS[method.target]}{cell}{part}, {method.loss.upper()} loss"),
             ("Length", f"{optim.epochs:g} epochs{batch}"),
         ]
-    seen, seconds, loss = samples_seen(run), seconds_spent(run), last(run.evals, "val_loss")
-    facts.append(("Samples seen", f"{seen:,.0f}" if seen else ""))
-    facts.append(("Time", duration(seconds) if seconds else ""))
-    precision = f", {config.system.precision}" if config and config.system.precision else ""
-    facts.append(("Device", device_name(run) + precision if device_name(run) else ""))
-    facts.append(("Held-out loss", f"{loss:.4g}" if loss is not None else ""))
+    loss = last(run.evals, "val_loss")
+    facts += [*costs(run), ("Held-out loss", f"{loss:.4g}" if loss is not None else "")]
     return [(name, value) for name, value in facts if value]
+
+
+def costs(run: Folder) -> list[tuple[str, str]]:
+    """Samples, time and device of a run."""
+    seen, seconds, device = samples_seen(run), seconds_spent(run), device_name(run)
+    precision = f", {run.config.system.precision}" if run.config and run.config.system.precision else ""
+    return [
+        ("Samples seen", f"{seen:,.0f}" if seen else ""),
+        ("Time", duration(seconds) if seconds else ""),
+        ("Device", device + precision if device else ""),
+    ]
+
+
+def parameters(run: Folder) -> str:
+    """How many the exported network has, to follow its name; empty without an export."""
+    count = run.parameters
+    if not count:
+        return ""
+    return f", {count / 1e6:.3g} million parameters" if count >= 1e6 else f", {count:,} parameters"
 
 
 def _sizes(config: Config) -> str:
@@ -178,7 +190,7 @@ def _sizes(config: Config) -> str:
     return ", then ".join(f"{size} x {size} px ({share:.0%})" for size, share in course)
 
 
-def speed(run: RunFolder) -> tuple[float, float] | None:
+def speed(run: Folder) -> tuple[float, float] | None:
     """(images a second, share of the time spent waiting for images), or None without readings."""
     # The first reading holds the start of the workers and the warm-up of the device.
     rates, waits = values(run.train, "images_per_s"), values(run.train, "data_wait")
@@ -196,7 +208,7 @@ def waiting_hint(share: float) -> str:
     )
 
 
-def not_finite(run: RunFolder) -> int:
+def not_finite(run: Folder) -> int:
     """Readings of the training loss that were not a number: the training had broken down."""
     return sum(not is_number(record.get("loss")) for record in run.train)
 
@@ -214,14 +226,30 @@ def rerun_command(config: Config) -> str:
     """The shell command that gives the same run again: the recipe, and every option that differs from it."""
     recipe = config.method.recipe
     base = recipes.load(recipe) if recipe in recipes.names() else Config()
-    lines = [["fastmim", "pretrain"], ["--recipe", recipe]]
+    return shell_command(["pretrain", "--recipe", recipe], changed(config, base, {"paths"}), config.data.paths)
+
+
+def changed(config: RunConfig, base: RunConfig, given: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Name, value and the recipe's value of every option that differs from a recipe's.
+
+    Args:
+        config: of the run.
+        base: of its recipe.
+        given: options that are named elsewhere.
+    """
+    found = []
     for section, defaults in base.model_dump().items():
-        chosen = getattr(config, section).model_dump()
-        for name, default in defaults.items():
-            if chosen[name] != default and name not in {*PLACE, "recipe", "paths"}:
-                lines.append(_flag(name, chosen[name]))
+        chosen = config.model_dump()[section]
+        for name, default in defaults.items() if isinstance(defaults, dict) else ():
+            if chosen[name] != default and name not in {*PLACE, "recipe", *given}:
+                found.append((name, chosen[name], default))
+    return found
+
+
+def shell_command(words: Sequence[str], options: Sequence[tuple[str, Any, Any]], places: Sequence[str]) -> str:
+    """A fastmim command, an option a line; ``options`` are those of `changed`."""
     # After "--" a path is a path, even when it looks like an option.
-    lines.append(["--", *config.data.paths])
+    lines = [["fastmim", words[0]], words[1:], *(_flag(name, value) for name, value, _ in options), ["--", *places]]
     return " \\\n    ".join(" ".join(shell_word(word) for word in line) for line in lines)
 
 
@@ -256,7 +284,8 @@ def _start(config: Config | None) -> str:
     return "" if config.method.model.startswith("local-dir:") else "from scratch"
 
 
-def _images(data: Record) -> str:
+def images_on_disk(data: Record) -> str:
+    """How many images there were, how large and of which kinds."""
     formats = data.get("formats") or {}
     parts = [f"{data['images']:,}" if is_number(data.get("images")) else ""]
     parts.append(f"{data['held_out']:,} held out" if data.get("held_out") else "")
@@ -265,14 +294,12 @@ def _images(data: Record) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _million(count: int) -> str:
-    return f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,}"
-
-
 def _flag(name: str, value: Any) -> list[str]:
     word = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{word}" if value else f"--no-{word}"]
+    if value is None:
+        return [f"--{word}", "none"]
     if isinstance(value, dict):
         return [f"--{word}", json.dumps(value)]
     parts = value if isinstance(value, tuple) else (value,)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmim.backbones.adapter import Backbone, Stage
 from fastmim.backbones.hiding import HidingBackbone, whole_network
 from fastmim.backbones.resizing import Carry
-from fastmim.config import Config
+from fastmim.config import Config, RunConfig
 from fastmim.data.labelled import Labelled
 from fastmim.data.loader import EvalLoader
 from fastmim.data.pictures import Pictures
@@ -202,7 +202,7 @@ def _loaders(labelled: Labelled, config: Config) -> tuple[EvalLoader, EvalLoader
     return some(labelled.train, labelled.train_labels), some(labelled.val, labelled.val_labels)
 
 
-def viewable(images: Tensor, config: Config) -> UInt8[Tensor, "N 3 S S"]:
+def viewable(images: Tensor, config: RunConfig) -> UInt8[Tensor, "N 3 S S"]:
     """Images as people can look at them: of other than 8-bit colour, the first channels, two deviations each way."""
     data = config.data
     if data.channels == 3 and data.values == "8bit":
