@@ -192,10 +192,9 @@ def compared() -> str:
         accuracy = f"{float(row['mean']):.1f} ± {float(row['spread']):.1f}"
         lines.append(f"| {' | '.join([labels, start, accuracy, *against])} |")
     one = newest[0]
-    return "\n".join(
-        [*lines, "", f"({one['train']} labelled images, {one['test']} test images, {one['seeds']} seeds; {one['steps']} steps"
-         f" of {one['global_batch']} images for every start; {one['machine']})"]
-    )  # fmt: skip
+    budget = f"{one['seeds']} seeds; {one['steps']} steps of {one['global_batch']} images for every start"
+    note = f"({one['train']} labelled images, {one['test']} test images, {budget}; {one['machine']})"
+    return "\n".join([*lines, "", note])
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {

@@ -38,6 +38,9 @@ from fastmim.transfer_setup import Parts, again, augment_of, begin, order_of, pa
 # Side of the pictures of mistakes in the report, in pixels.
 _THUMB = 96
 
+# Side of the pictures of mistakes in the report, in pixels.
+_THUMB = 96
+
 
 def finetune(
     data: str | Path | None = None, start: str | Path | Run | None = None, config: FinetuneConfig | None = None,

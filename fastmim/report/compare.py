@@ -170,7 +170,7 @@ def _charts(runs: Sequence[Folder], names: Sequence[str], colours: Sequence[int]
             for run, name, colour in zip(runs, names, colours, strict=True)
         ]
 
-    held_out = "images that are not learnt from" if isinstance(runs[0], TransferFolder) else "held-out images"
+    held_out = "unseen images" if isinstance(runs[0], TransferFolder) else "held-out images"
     charts = [
         draw_chart("Training loss", "pale: single readings", all_runs("train", "loss", smooth=True), from_start=False),
         draw_chart(f"Loss on {held_out}", "", all_runs("evals", "val_loss"), from_start=False),

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int64
 MOST_NUMBERED = 30
 MOST_DRAWN = 300
 _SHADES = 8
-# The strongest shade, in percent of the colour: text of the page's own colour stays readable on it in both schemes.
-_FULL = 50
+# The faintest and the strongest shade, in percent of the colour: a single image shows, and text of the page's own
+# colour stays readable in both schemes.
+_FAINT, _FULL = 14, 50
 
 Counts = Int64[np.ndarray, "K K"]
 
@@ -52,7 +53,8 @@ def shares(confusion: Counts) -> Float[np.ndarray, "K K"]:
 def shaded_table(confusion: Counts, names: list[str]) -> list[list[Cell]]:
     """The matrix as rows of cells."""
     # The root, because a few mistakes in a hundred are what one looks for.
-    shades = (_FULL * np.sqrt(shares(confusion))).round().astype(int)
+    strength = _FAINT + (_FULL - _FAINT) * np.sqrt(shares(confusion))
+    shades = np.where(confusion > 0, strength.round(), 0).astype(int)
     return [
         [
             Cell(int(count), int(shade), f"{name} taken for {names[column]}: {count}" if column != row else "")

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from fastmim.config import DistillConfig, FinetuneConfig, TransferConfig
 from fastmim.recipes import finetune as recipes
 from fastmim.report import caveats, confusion, facts
-from fastmim.report.curves import Chart, draw_chart, read_series
+from fastmim.report.curves import Chart, draw_chart, is_number, read_series
 from fastmim.report.figures import Tile, data_uri
 from fastmim.report.folder import Answers, Record, TransferFolder
 from fastmim.report.parts import common_parts
@@ -53,6 +54,8 @@ class Mistake:
 
     tile: Tile | None
     path: str
+    place: str
+    """The end of the path: folder and file."""
     label: str
     answer: str
     p_answer: float
@@ -64,6 +67,7 @@ def transfer_report(run: TransferFolder) -> dict[str, Any]:
     config, outcome = run.config, run.outcome
     name = facts.dataset_name(_paths(run))
     noun, verb = _KINDS[config.task if config else "finetune"]
+    verb = "trained" if config and config.task == "finetune" and config.method.start == "scratch" else verb
     rows = class_rows(run) if outcome else []
     return {
         **common_parts(run),
@@ -121,11 +125,15 @@ def key_facts(run: TransferFolder) -> list[tuple[str, str]]:
     """Name and value of what one asks first."""
     config, outcome, data = run.config, run.outcome or {}, run.data
     split = outcome.get("split") or data.get("split") or ""
-    tested = f"{outcome['test']:,} to test" if outcome else ""
+    images = [
+        f"{data['images']:,} to learn from" if is_number(data.get("images")) else "",
+        f"{outcome['test']:,} to test" if outcome else "",
+        facts.images_on_disk({**data, "images": None}),
+    ]
     rows = [
         ("Network", f"{_model(run)}{facts.parameters(run)}" if _model(run) else ""),
         ("Begun from", str((config.method.start if config else outcome.get("start")) or "")),
-        ("Images", ", ".join(part for part in (facts.images_on_disk(data), tested) if part)),
+        ("Images", ", ".join(part for part in images if part)),
         ("Split", split),
         ("Class sizes", _class_sizes(data)),
     ]
@@ -219,11 +227,10 @@ def mistakes(run: TransferFolder) -> list[Mistake]:
         if thumbs is not None and len(thumbs) == len(named):
             alt = f"labelled {one['label']}, named {one['predicted']}"
             tile = Tile("", alt, data_uri(thumbs[place].transpose(1, 2, 0)))
+        path, sure, right = one["path"], 100 * one["p_predicted"], 100 * one["p_label"]
         found.append(
-            Mistake(
-                tile, one["path"], one["label"], one["predicted"], 100 * one["p_predicted"], 100 * one["p_label"]
-            )
-        )  # fmt: skip
+            Mistake(tile, path, "/".join(PurePath(path).parts[-2:]), one["label"], one["predicted"], sure, right)
+        )
     return found
 
 
@@ -362,12 +369,11 @@ def _uses(run: TransferFolder) -> Iterator[tuple[str, str]]:
 def _snippet(folder: str, colour: bool) -> str:
     """Python that loads the exported classifier; images of other channels need a transform of the user's own."""
     place = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
-    lines = ["import timm", "", f"network = timm.create_model({place}, pretrained=True).eval()"]
+    imports = ["import timm", "from PIL import Image"] if colour else ["import timm"]
+    lines = [*imports, "", f"network = timm.create_model({place}, pretrained=True).eval()"]
     lines.append('names = network.pretrained_cfg["label_names"]')
     if colour:
         lines += [
-            "",
-            "from PIL import Image",
             "",
             "settings = timm.data.resolve_model_data_config(network)",
             "transform = timm.data.create_transform(**settings)",
