@@ -186,8 +186,10 @@ def compared() -> str:
     lines = ["| labels | start | accuracy | against scratch | p | verdict |", "|---|---|---|---|---|---|"]
     for row in newest:
         labels = row["labels"].replace("%", " %") + (", shuffled (control)" if row["shuffled"] == "True" else "")
-        gain = f"{float(row['difference']):+.1f} ({float(row['low']):+.1f} to {float(row['high']):+.1f})"
-        against = [gain, row["p"], row["outcome"]] if row["difference"] else ["", "", ""]
+        against = ["", "", ""]
+        if row["difference"]:
+            difference, low, high = (float(row[name]) for name in ("difference", "low", "high"))
+            against = [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", row["p"], row["outcome"]]
         start = "untrained" if row["start"] == "scratch" else "pre-trained"
         accuracy = f"{float(row['mean']):.1f} ± {float(row['spread']):.1f}"
         lines.append(f"| {' | '.join([labels, start, accuracy, *against])} |")
