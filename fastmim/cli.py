@@ -305,27 +305,27 @@ COMMANDS = {
     "demo": Command(Demo, demo, "demo"),
     "pretrain": Command(Pretrain, pretrain, "pretrain DATA..."),
     "probe": Command(Probe, probe, "probe RUN DATA"),
-    "compare": Command(Compare, compare, "compare DATA"),
-    "report": Command(Report, report, "report RUN..."),
     "finetune": Command(Finetune, finetune, "finetune DATA RUN"),
+    "compare": Command(Compare, compare, "compare DATA"),
     "predict": Command(Predict, predict, "predict RUN IMAGES"),
     "distill": Command(Distill, distill, "distill DATA RUN"),
+    "embed": Command(Embed, embed, "embed RUN DATA..."),
+    "report": Command(Report, report, "report RUN..."),
+    "resume": Command(Resume, resume, "resume RUN"),
+    "export": Command(Export, export, "export RUN"),
     "scan": Command(Scan, scan, "scan DATA..."),
     "prepare": Command(Prepare, prepare, "prepare DATA..."),
     "select": Command(Select, select, "select RUN"),
-    "embed": Command(Embed, embed, "embed RUN DATA..."),
     "bench": Command(Bench, bench, "bench [DATA]"),
-    "doctor": Command(Doctor, doctor, "doctor"),
     "models": Command(Models, models, "models [PATTERN]"),
-    "resume": Command(Resume, resume, "resume RUN"),
-    "export": Command(Export, export, "export RUN"),
+    "doctor": Command(Doctor, doctor, "doctor"),
 }
 FIRST = 4
 
 
 def print_overview() -> None:
     """Prints what ``fastmim --help`` says: the commands that most people need first, then the rest."""
-    lines = [f"  fastmim {command.usage:18}{first_sentence(command.schema)}" for command in COMMANDS.values()]
+    lines = [f"  fastmim {command.usage:20}{first_sentence(command.schema)}" for command in COMMANDS.values()]
     print("fastmim pre-trains any vision backbone on your own images, without labels.\n")
     print("To begin", *lines[:FIRST], "", "Also", *lines[FIRST:], sep="\n")
     print("\nfastmim COMMAND --help shows every option; fastmim --version the version.")
