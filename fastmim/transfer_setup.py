@@ -75,7 +75,7 @@ def begin(config: TransferConfig, found: Splits, world: int = 1) -> Parts:
         lines += [f"fresh besides the head: {_some(loaded.fresh)}"] if loaded.fresh else []
         lines += [f"not used: {_some(loaded.unused)}"] if loaded.unused else []
     architecture = start.name.split(".")[0]
-    config = update(config, {"model": architecture, "model_args": args, "heads": None, "pool": None})
+    config = update(config, {"model": architecture, "model_args": args, "heads": None})
     return Parts(_with_course(config, len(found.train), world), network, tuple(lines))
 
 
