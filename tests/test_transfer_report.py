@@ -33,6 +33,7 @@ from fastmim.report.folder import TRANSFER_USES, Answers, TransferFolder, read_r
 from fastmim.report.transfer import sure_rows
 from fastmim.run_folder import Run
 from fastmim.transfer import finetune
+from fastmim.transfer_setup import begin, read_splits
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
 ALLOWED = ELEMENTS | {"bdi", "details", "summary"}
@@ -124,6 +125,15 @@ def change_config(run: Path, out: Path, **words: Any) -> None:
     shutil.copytree(run, out)
     config = fastmim.config.update(Run(run).transfer, words)
     (out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def test_a_run_again_pools_as_before(classes: Path) -> None:
+    words = {"path": str(classes), "start": "scratch", "model": "vit_tiny_patch16_224", "model_args": TINY}
+    config = fastmim.config.update(FinetuneConfig(), {**words, "pool": "token"})
+    found = read_splits(config)
+    once = begin(config, found).config
+    assert once.method.model_args["global_pool"] == "token"
+    assert begin(once, found).config == once
 
 
 def test_the_snippet_names_a_class(tuned: Path, classes: Path) -> None:
