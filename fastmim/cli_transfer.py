@@ -94,7 +94,7 @@ def predict(words: dict[str, Any]) -> int:
 
     found = classify(**options.model_dump())
     for name, count in sorted(found.counts.items(), key=lambda pair: -pair[1])[:20]:
-        print(f"{count:8}  {name}")
+        print(f"{count:8}  {name if name.isprintable() else repr(name)}")
     print(f"{found.path}: {found.images} images" + (f", {len(found.bad)} cannot be read" if found.bad else ""))
     return 0
 
