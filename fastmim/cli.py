@@ -327,7 +327,7 @@ FIRST = 4
 
 def print_overview() -> None:
     """Prints what ``fastmim --help`` says: the commands that most people need first, then the rest."""
-    lines = [f"  fastmim {command.usage:18}{first_sentence(command.schema)}" for command in COMMANDS.values()]
+    lines = [f"  fastmim {command.usage:20}{first_sentence(command.schema)}" for command in COMMANDS.values()]
     print("fastmim pre-trains any vision backbone on your own images, without labels.\n")
     print("To begin", *lines[:FIRST], "", "Also", *lines[FIRST:], sep="\n")
     print("\nfastmim COMMAND --help shows every option; fastmim --version the version.")

@@ -250,7 +250,11 @@ def _train_locked(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run
         state = _fit(run, config, task, pictures, found, device, here, log)
         if here.first and state == "finished":
             log.say("measuring, exporting the weights and writing the report")
-            _finish(run, config, task, found, device)
+            try:
+                _finish(run, config, task, found, device)
+            except KeyboardInterrupt:
+                log.say(f"the weights are kept; 'fastmim resume {folder}' measures them")
+                raise
     return run
 
 

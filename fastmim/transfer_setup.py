@@ -74,6 +74,9 @@ def begin(config: TransferConfig, found: Splits, world: int = 1) -> Parts:
     method = config.method
     if not method.start:
         raise UserError(f"{config.task} needs RUN|MODEL, what to start from; see: fastmim {config.task} --help")
+    if config.data.test_share != LabelledDataConfig().test_share and (config.data.folds or "held out" not in found.how):
+        reason = "folds say what is held out" if config.data.folds else "DATA has a part of its own to measure on"
+        raise UserError(f"test_share = {config.data.test_share} has no effect, because {reason}; leave it out")
     start = read_start(method.start, model=method.model, model_args=method.model_args, heads=method.heads)
     _check_network(method, start)
     config = _with_images(config, start, found)

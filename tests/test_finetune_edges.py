@@ -198,6 +198,13 @@ def test_weights_that_say_it_already(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_share_that_holds_nothing_out(classes: Path, tmp_path: Path) -> None:
+    images = parts_of(classes, tmp_path / "images", ())
+    for path, words in ((images, {}), (classes, {"folds": 2, "fold": 0})):
+        with pytest.raises(UserError, match=r"test_share = 0\.5 has no effect"):
+            fastmim.finetune(str(path), "scratch", out=tmp_path / "run", **QUICK, test_share=0.5, **words)
+
+
 def test_arguments_of_the_network_win_over_those_of_a_run(before: Run, classes: Path, tmp_path: Path) -> None:
     words = {**FROM, "model_args": {"proj_drop_rate": 0.2, "depth": 1}}
     tuned = fastmim.finetune(str(classes), before, out=tmp_path / "run", **words)
@@ -310,6 +317,7 @@ def test_stopped_while_measuring(
     with monkeypatch.context() as patch:
         patch.setattr(fastmim.transfer, "measure", functools.partial(_interrupt))
         assert main(["finetune", str(classes), "scratch", *words, "--out", str(tmp_path / "run")]) == 130
+    assert f"'fastmim resume {tmp_path / 'run'}' measures them" in capsys.readouterr().err
     assert not (tmp_path / "run" / "finetune.json").exists()
     assert main(["resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "finetune.json").exists() and (tmp_path / "run" / "report.html").exists()
