@@ -17,7 +17,7 @@ _PUBLIC = {
     "probe": "fastmim.runs",
     "finetune": "fastmim.transfer",
     "distill": "fastmim.transfer",
-    "predict": "fastmim.predict",
+    "predict": "fastmim.predicting",
     "select": "fastmim.choose",
     "embed": "fastmim.embedding.embed",
     "scan": "fastmim.data.sources.scan",
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from fastmim.mim.targets import HOG as HOG
     from fastmim.mim.targets import HOGColour as HOGColour
     from fastmim.mim.targets import Pixels as Pixels
-    from fastmim.predict import predict as predict
+    from fastmim.predicting import predict as predict
     from fastmim.run_folder import Run as Run
     from fastmim.runs import pretrain as pretrain
     from fastmim.runs import probe as probe

@@ -181,6 +181,8 @@ def resolved(words: Mapping[str, Any], file: str | None) -> Config:
 
 def finished(path: Path) -> int:
     """Says what to do with a run that has ended, or been interrupted; the exit code."""
+    if os.environ.get("RANK", "0") != "0":
+        return OK  # of several processes the first speaks, and is still writing
     if json.loads((path / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted":
         print(f"fastmim: interrupted; to continue: fastmim resume {path}", file=sys.stderr)
         return INTERRUPTED

@@ -90,11 +90,11 @@ def distill(words: dict[str, Any]) -> int:
 def predict(words: dict[str, Any]) -> int:
     """Prints where the table is, and how often each class was named."""
     options = build(Predict, words, "predict")
-    from fastmim.predict import predict as classify
+    from fastmim.predicting import predict as classify
 
     found = classify(**options.model_dump())
     for name, count in sorted(found.counts.items(), key=lambda pair: -pair[1])[:20]:
-        print(f"{count:8}  {name}")
+        print(f"{count:8}  {name if name.isprintable() else repr(name)}")
     print(f"{found.path}: {found.images} images" + (f", {len(found.bad)} cannot be read" if found.bad else ""))
     return 0
 

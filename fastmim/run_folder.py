@@ -128,12 +128,21 @@ def free_folder(parent: Path, name: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := parent / f"{name}-{n:03d}").exists())
 
 
-def prepare_folder(folder: Path, overwrite: bool) -> None:
+def prepare_folder(folder: Path, overwrite: bool, *needed: str | None) -> None:
     """Makes an empty run folder that can be written to, before anything costly begins.
 
+    Args:
+        folder: of the run.
+        overwrite: empty it, if it holds an earlier run.
+        needed: words for weights that the run begins with, which may be folders.
+
     Raises:
-        UserError: it is not empty, not a folder, or not writable.
+        UserError: it is not empty, not a folder, not writable, or its weights are needed.
     """
+    inside = folder.resolve()
+    for word in needed:
+        if overwrite and word and inside in (place := Path(word.removeprefix("local-dir:")).resolve(), *place.parents):
+            raise UserError(f"--overwrite would delete {word}, which this run begins with; give another --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the run folder {folder} is a file; give another --out")
     entries = [entry for entry in folder.iterdir() if entry.name != ".lock"] if folder.is_dir() else []

@@ -41,10 +41,21 @@ def find_images(config: Config) -> ImageTable:
     if not data.paths:
         raise UserError("no images given: name a folder, as in 'fastmim pretrain images/'")
     table = scan(data.paths)
-    squares = table.squares
+    check_squares(config, table, data.paths[0])
+    first_look(table, data.channels, data.values == "raw")
+    return table
+
+
+def check_squares(config: RunConfig, table: ImageTable, path: str) -> None:
+    """Refuses options that do not go with what ``path`` holds: prepared squares, or pictures of any size.
+
+    Raises:
+        UserError: they do not.
+    """
+    data, squares = config.data, table.squares
     if squares is not None:
         values = "raw" if squares.dtype == "float32" else "8bit"
-        where = f"{data.paths[0]!r} holds squares"
+        where = f"{path!r} holds squares"
         if (squares.channels, values) != (data.channels, data.values):
             fit = f"--channels {squares.channels} --values {values}"
             raise UserError(f"{where} of {squares.channels} channels ({values}); train on them with {fit}")
@@ -57,8 +68,6 @@ def find_images(config: Config) -> ImageTable:
             raise UserError(f"{where} that are small already; leave --cache out")
     elif data.crop_on == "device" and data.cache == "none":
         raise UserError("--crop-on device needs squares: use what fastmim prepare wrote, or --cache ram")
-    first_look(table, data.channels, data.values == "raw")
-    return table
 
 
 def with_statistics(config: ConfigT, table: ImageTable) -> ConfigT:

@@ -81,13 +81,15 @@ def pretrain(config: Config | None = None, *, model: str | nn.Module | None = No
     elif config.method.init is not None:
         raise UserError("init: load the weights into your own module before you hand it over")
     files = find_images(config)
+    if config.system.overwrite and network is None:
+        plan(config)  # what would be refused is refused before an earlier run is deleted
     device = pick_device(config.system.device)
     with ranks(device.type) as here:
         if here.world > 1 and config.system.out is None:
             raise UserError("several processes need one run folder: give --out")
         folder = Path(config.system.out) if config.system.out else default_folder(config)
         if here.first:
-            prepare_folder(folder, config.system.overwrite)
+            prepare_folder(folder, config.system.overwrite, config.method.init)
         barrier()
         return _train(folder, config, files, network, here)
 
@@ -126,6 +128,7 @@ def plan(config: Config) -> dict[str, Any]:
     files = find_images(config)
     torch.manual_seed(derive(config.optim.seed, "init"))
     backbone = build_network(config, None)
+    told = fill(backbone, config) if config.method.init is not None else []
     device = pick_device(config.system.device)
     train, held_out = split(config, files)
     config = resolve(with_statistics(config, files), backbone, len(train))
@@ -136,6 +139,7 @@ def plan(config: Config) -> dict[str, Any]:
         "images": len(train),
         "held out": len(held_out),
         "network": config.method.model,
+        **({"weights": "; ".join(told) or config.method.init} if config.method.init is not None else {}),
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "stages": [dataclasses.astuple(stage) for stage in backbone.stages],
         "resolution": ", ".join(f"{resolution} ({share:.0%})" for resolution, share in config.data.course),
@@ -160,6 +164,11 @@ def export(run: str | Path | Run, *, model: nn.Module | None = None, out: str | 
         The folder, and the largest difference of the last map between the run's network and the loaded one.
     """
     run = run if isinstance(run, Run) else Run(run)
+    if run.task != "pretrain":
+        raise UserError(
+            f"{run.path} has learnt from labels: its weights are exported when it ends, into {run.exported}; 'fastmim"
+            f" resume {run.path}' ends it"
+        )
     side = run.config.data.resolution  # a run that was interrupted may be in a phase of another
     backbone = trained_network(run, model, side).eval()
     folder = export_network(run, backbone, Path(out) if out else run.exported)

@@ -16,7 +16,7 @@ from fastmim.backbones.adapter import build
 from fastmim.backbones.blueprint import LOCAL, Blueprint, create
 from fastmim.backbones.hiding import whole_network
 from fastmim.backbones.loading import Loaded, load_weights, strip_sizes
-from fastmim.config import Config, MethodConfig, update
+from fastmim.config import Config, ConfigT, MethodConfig, update
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.run_images import IMAGENET
@@ -26,6 +26,7 @@ from fastmim.train.checkpoint import Checkpoints
 
 SCRATCH = "scratch"
 FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+_LATER = ("global_pool", "window_size", "drop_path_rate")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_start(
             ``local-dir:FOLDER`` (a timm hub folder, such as an export); a checkpoint file of one of the layouts of
             `fastmim.backbones.official`; or ``scratch``.
         model: the network, where ``word`` does not tell: for ``scratch``, and for files that fit several.
-        model_args: further arguments of ``timm.create_model``.
+        model_args: further arguments of ``timm.create_model``, which win over those of the weights.
         heads: attention heads of a plain ViT, which files of weights leave open.
 
     Raises:
@@ -83,12 +84,16 @@ def read_start(
     args = strip_sizes(model_args or {})
     if isinstance(word, Run) or (Path(word) / "config.yaml").is_file():
         run = word if isinstance(word, Run) else Run(word)
-        return _from_pretraining(run) if run.task == "pretrain" else _from_transfer(run)
+        return _from_pretraining(run, args) if run.task == "pretrain" else _from_transfer(run, args)
     text = str(word)
     if text == SCRATCH:
         if model is None:
             raise UserError("start = scratch needs --model, a timm name, such as vit_small_patch16_224")
-        return Start(text, model, {**args, **({"num_heads": heads} if heads else {})}, None)
+        args |= {"num_heads": heads} if heads else {}
+        if model.startswith(LOCAL):  # only the architecture of the folder
+            folder = _from_timm(model, args, pretrained=False)
+            return Start(text, folder.name, folder.model_args, None)
+        return Start(text, model, args, None)
     if text.endswith(FILES) and not text.startswith(LOCAL):
         return _from_file(text, model, args, heads)
     if text.startswith(LOCAL) or timm.is_model(text.split(".", maxsplit=1)[0]):
@@ -99,25 +104,25 @@ def read_start(
     raise AssertionError(text)
 
 
-def _from_pretraining(run: Run) -> Start:
+def _from_pretraining(run: Run, further: Mapping[str, Any]) -> Start:
     data = run.config.data
     network = trained_network(run, None, data.resolution)
     if not hasattr(network, "architecture"):
         raise UserError(f"{run.path} trained a module of your own, which fastmim cannot build; load its export instead")
     assert data.mean is not None and data.std is not None
     notes = [f"discarded in pre-training, so fresh: {', '.join(network.discarded)}"] if network.discarded else []
-    args = _chosen_args(network.architecture, network.create_args, data.resolution)
+    args = {**_chosen_args(network.architecture, network.create_args, data.resolution), **further}
     return Start(
         str(run.path), network.architecture, args, network.weights(), data.resolution, data.mean, data.std,
         data.values == "raw", tuple(notes),
     )  # fmt: skip
 
 
-def _from_transfer(run: Run) -> Start:
+def _from_transfer(run: Run, further: Mapping[str, Any]) -> Start:
     config = run.transfer
     data, method = config.data, config.method
     assert data.mean is not None and data.std is not None and method.model is not None
-    args = _chosen_args(method.model, method.model_args, data.resolution)
+    args = {**_chosen_args(method.model, method.model_args, data.resolution), **further}
     return Start(
         str(run.path), method.model, args, transfer_weights(run), data.resolution, data.mean, data.std,
         data.values == "raw",
@@ -149,8 +154,10 @@ def _chosen_args(architecture: str, create_args: Mapping[str, Any], resolution: 
     return free if derived == args["window_size"] else args
 
 
-def _from_timm(word: str, args: dict[str, Any]) -> Start:
-    model = create(word, pretrained=True, **args)
+def _from_timm(word: str, args: dict[str, Any], *, pretrained: bool = True) -> Start:
+    # What changes keys or shapes is left to `load_weights`: timm reads weights as they were written.
+    read = {key: value for key, value in args.items() if key not in _LATER}
+    model = create(word, pretrained=pretrained, **read)
     stock = model.pretrained_cfg
     name = stock["architecture"] if word.startswith(LOCAL) else word.split(".", maxsplit=1)[0]
     size = stock.get("input_size", (3, 224, 224))[-1]
@@ -183,12 +190,22 @@ def with_start(config: Config) -> Config:
     method = config.method
     if method.init is None:
         return config
+    if method.init == SCRATCH:
+        raise UserError("init: scratch is no weights; leave --init out")
+    if method.pretrained:
+        raise UserError("--init and --pretrained both name weights; give one")
     chosen = method.model != MethodConfig().model
     start = read_start(method.init, model=method.model if chosen else None, model_args=method.model_args)
     words: dict[str, Any] = {} if chosen else {"model": start.name, "model_args": start.model_args}
-    if len(start.mean) == config.data.channels and config.data.mean is None:
-        words |= {"mean": start.mean, "std": start.std}
-    return update(config, words)
+    return with_start_statistics(update(config, words), start)
+
+
+def with_start_statistics(config: ConfigT, start: Start) -> ConfigT:
+    """The start's mean and std, where none are chosen and it saw images of the same kind."""
+    data = config.data
+    if (data.channels, data.values == "raw") != (start.channels, start.raw):
+        return config
+    return update(config, {name: getattr(start, name) for name in ("mean", "std") if getattr(data, name) is None})
 
 
 def fill(backbone: Network, config: Config) -> list[str]:
@@ -196,10 +213,14 @@ def fill(backbone: Network, config: Config) -> list[str]:
     method = config.method
     assert method.init is not None
     start = read_start(method.init, model=method.model, model_args=method.model_args)
-    if start.weights is None:
-        raise UserError("init: scratch is no weights; leave --init out")
+    assert start.weights is not None
     loaded = load_weights(backbone.model, start.weights, start.word)
     return [*start.notes, *told(loaded, backbone.resolution)]
+
+
+def plain_name(model: str) -> str:
+    """A network's name without the tag of its weights."""
+    return model if model.startswith(LOCAL) else model.partition(".")[0]
 
 
 def told(loaded: Loaded, resolution: int) -> list[str]:
@@ -273,9 +294,23 @@ def open_backbone(
 
 
 def build_classifier(
-    start: Start, classes: int, resolution: int, *, drop_path: float = 0.0, pool: str | None = None
+    start: Start,
+    classes: int,
+    resolution: int,
+    *,
+    channels: int | None = None,
+    drop_path: float = 0.0,
+    pool: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any], Loaded | None]:
     """A stock timm network with a fresh head for ``classes``, at ``resolution``, filled with the start's weights.
+
+    Args:
+        start: the weights.
+        classes: outputs of the head.
+        resolution: side of the images in pixels.
+        channels: of the images; those that the start saw when not given.
+        drop_path: the rate of stochastic depth in the last block.
+        pool: how a plain ViT's tokens become one vector, "avg" or "token".
 
     Returns:
         The network; what ``timm.create_model(name, num_classes=classes, ...)`` needs to build it; what became of the
@@ -284,7 +319,7 @@ def build_classifier(
     Raises:
         UserError: the network cannot take that size, or the weights do not fit.
     """
-    args = _with_pool(start, pool)
+    args = _with_pool(start, network_args(start.model_args, channels or start.channels), pool)
     blueprint = Blueprint(start.name, args)
     plan = blueprint.at(resolution, blueprint.absolute((-1,)))
     chosen = {**plan.create_args, **({"drop_path_rate": drop_path} if drop_path else {})}
@@ -305,14 +340,13 @@ def create_classifier(architecture: str, classes: int, args: Mapping[str, Any]) 
         wrong = next((name for name in args if repr(name) in str(error)), None)
         if wrong is None:
             raise UserError(f"model '{architecture}' cannot be built: {error}") from None
-        option = "drop_path" if wrong == "drop_path_rate" else wrong
-        raise UserError(f"{architecture} has no {option}; set {option}=0 or leave it out") from None
+        mend = "set drop_path=0" if wrong == "drop_path_rate" else "leave it out"
+        raise UserError(f"{architecture} has no {wrong.removesuffix('_rate')}; {mend}") from None
     return network
 
 
-def _with_pool(start: Start, pool: str | None) -> dict[str, Any]:
+def _with_pool(start: Start, args: dict[str, Any], pool: str | None) -> dict[str, Any]:
     """Arguments with the way of pooling: a plain ViT's tokens are averaged, as MAE and FastMIM fine-tune."""
-    args = network_args(start.model_args, start.channels)
     with torch.device("meta"):
         stock = getattr(create(start.name, **args), "global_pool", None)
     if stock in ("token", "avg") and (pool or stock == "token"):

@@ -4,8 +4,10 @@
 import functools
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from fastmim.report.page import write_report
 from fastmim.run_folder import Run, locked, named_folder, prepare_folder, write_config
 from fastmim.run_images import crop_place, plain_pictures, training_loader, training_pictures, waiting_remedy
 from fastmim.run_network import count_steps, with_micro_batch
+from fastmim.starts import plain_name
 from fastmim.tasks.classify import Classify
 from fastmim.tasks.pretrain import viewable
 from fastmim.train.checkpoint import Checkpoints, write_file
@@ -33,13 +36,12 @@ from fastmim.train.device import environment, pick_device, pick_precision, pick_
 from fastmim.train.distributed import Ranks, barrier, ranks
 from fastmim.train.engine import Fit, Plan
 from fastmim.train.log import RunLog
-from fastmim.transfer_setup import Parts, again, augment_of, begin, order_of, part_loader, read_splits, task_of
+from fastmim.transfer_setup import Parts, again, augment_of, begin, order_of, part_loader, read_splits
 
 # Side of the pictures of mistakes in the report, in pixels.
 _THUMB = 96
-
-# Side of the pictures of mistakes in the report, in pixels.
-_THUMB = 96
+# Options that a run resolves, where they are not given.
+_OPEN = ("model", "mean", "std", "crop_on", "global_batch", "micro_batch", "lr", "layer_decay")
 
 
 def finetune(
@@ -87,15 +89,21 @@ def cross_validate(config: FinetuneConfig) -> tuple[Path, dict[str, Any]]:
     """
     folds = config.data.folds
     assert folds is not None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--folds makes one run after another in one process; with torchrun, give --fold too")
     model = config.method.model or Path(config.method.start).name
     folder = Path(config.system.out) if config.system.out else named_folder("folds", model, config.data.path)
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} holds another run; give another --out for the folds")
     runs = []
     for fold in range(folds):
         out = folder / f"fold-{fold}"
+        one = update(config, {"fold": fold, "out": str(out)})
         if (out / "config.yaml").is_file() and not config.system.overwrite:
+            _check_same(one, Run(out))
             runs.append(resume_transfer(Run(out), {}))
         else:
-            runs.append(begin_run(update(config, {"fold": fold, "out": str(out)})))
+            runs.append(begin_run(one))
         if runs[-1].status["state"] != "finished":
             return folder, {}
     results = [run.read("finetune.json") or {} for run in runs]
@@ -109,6 +117,26 @@ def cross_validate(config: FinetuneConfig) -> tuple[Path, dict[str, Any]]:
     }
     (folder / "folds.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return folder, summary
+
+
+def _check_same(config: FinetuneConfig, run: Run) -> None:
+    """Refuses a fold that was made with other options.
+
+    Raises:
+        UserError: it was.
+    """
+    before = run.transfer
+    changed = [
+        name
+        for section in ("data", "method", "optim")
+        for name, value in getattr(config, section)
+        if value != (known := getattr(getattr(before, section), name)) and not (name in _OPEN and value in (None, {}))
+        # What the images or the start decide, and a tag of released weights, which only the start keeps.
+        and not (name in ("channels", "values") and value in (3, "8bit")) and not (name == "rand_augment" and not known)
+        and not (name == "model" and plain_name(value) == known) and name != "model_args"
+    ]  # fmt: skip
+    if changed:
+        raise UserError(f"{run.path} was made with other {', '.join(changed)}; give another --out, or --overwrite")
 
 
 def resume_transfer(run: Run, changes: Mapping[str, Any]) -> Run:
@@ -135,8 +163,8 @@ def resume_transfer(run: Run, changes: Mapping[str, Any]) -> Run:
         # Killed before the first checkpoint, it begins anew; afterwards its weights are there, whatever became of the
         # start.
         begun = Checkpoints(run.path / "checkpoints").steps()
-        network = again(config, len(found.classes)) if begun else begin(before, found, here.world).network
-        return _train(run.path, Parts(config, network, ()), found, here)
+        parts = again(config, found) if begun else replace(begin(before, found, here.world), config=config)
+        return _train(run.path, parts, found, here)
 
 
 def plan_transfer(config: TransferConfig) -> dict[str, Any]:
@@ -144,12 +172,13 @@ def plan_transfer(config: TransferConfig) -> dict[str, Any]:
     found = read_splits(config)
     parts = begin(config, found)
     config, device = parts.config, pick_device(config.system.device)
-    classes = ", ".join(found.classes[:6]) + (" ..." if len(found.classes) > 6 else "")
+    classes = ", ".join(name if name.isprintable() else repr(name) for name in found.classes[:6])
+    classes += " ..." if len(found.classes) > 6 else ""
     return {
         "images": f"{len(found.train)} to learn from, {len(found.test)} for the result ({found.how})",
         "classes": f"{len(found.classes)}: {classes}",
         "network": config.method.model,
-        "parameters": sum(parameter.numel() for parameter in parts.network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in parts.task.network.parameters()),
         "weights": "; ".join(parts.lines) or config.method.start,
         "resolution": config.data.resolution,
         "steps": steps_of(config, len(found.train)),
@@ -184,12 +213,14 @@ def begin_run(config: TransferConfig) -> Run:
     found = read_splits(config)
     with ranks(pick_device(config.system.device).type) as here:
         parts = begin(config, found, here.world)
-        first_look(found.train.table, parts.config.data.channels, parts.config.data.values == "raw")
+        for part in (found.train, found.test):
+            first_look(part.table, parts.config.data.channels, parts.config.data.values == "raw")
         if here.world > 1 and config.system.out is None:
             raise UserError("several processes need one run folder: give --out")
         folder = Path(config.system.out) if config.system.out else _folder(config)
         if here.first:
-            prepare_folder(folder, config.system.overwrite)
+            teacher = config.method.teacher if isinstance(config, DistillConfig) else None
+            prepare_folder(folder, config.system.overwrite, config.method.start, teacher)
         barrier()
         return _train(folder, parts, found, here)
 
@@ -205,8 +236,9 @@ def _train(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run:
 def _train_locked(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run:
     config, device = parts.config, pick_device(parts.config.system.device, here.local)
     pictures = training_pictures(config, found.train.table, folder, here)
-    config = update(config, {"crop_on": _crop_place(config, pictures, device)})
-    task = task_of(config, parts.network, found).to(device)
+    # RandAugment is done by workers, and wants crops on the CPU.
+    config = update(config, {"crop_on": "cpu" if config.method.rand_augment else crop_place(config, pictures, device)})
+    task = parts.task.to(device)
     if config.optim.micro_batch is None:
         config = with_micro_batch(config, task, device, here)
     if config.system.compile:
@@ -218,7 +250,11 @@ def _train_locked(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run
         state = _fit(run, config, task, pictures, found, device, here, log)
         if here.first and state == "finished":
             log.say("measuring, exporting the weights and writing the report")
-            _finish(run, config, task, found, device)
+            try:
+                _finish(run, config, task, found, device)
+            except KeyboardInterrupt:
+                log.say(f"the weights are kept; 'fastmim resume {folder}' measures them")
+                raise
     return run
 
 
@@ -253,7 +289,13 @@ def _fit(
 def _finish(run: Run, config: TransferConfig, task: Classify, found: Splits, device: torch.device) -> None:
     """The result on the images that were kept for it, the weights, the report."""
     loader = part_loader(config, found.test, pick_workers(config.system.workers, device))
-    outcome = measure(*task.answers(loader), found)
+    logits, labels, places = task.answers(loader)
+    if not len(labels):
+        raise UserError(
+            f"none of the {len(found.test)} test images can be read any more; the weights are kept, and 'fastmim resume"
+            f" {run.path}' measures them"
+        )
+    outcome = measure(logits, labels, places, found)
     status, data = run.status, config.data
     facts = {
         "data": data.path, "start": config.method.start, "model": config.method.model, "resolution": data.resolution,
@@ -313,12 +355,3 @@ def _open(folder: Path, config: TransferConfig, found: Splits, device: torch.dev
 def _shares_test(found: Splits) -> bool:
     """Whether what is looked at on the way are the test images."""
     return found.shown.table.fingerprint == found.test.table.fingerprint
-
-
-def _crop_place(config: TransferConfig, pictures: Pictures, device: torch.device) -> str:
-    """Where crops are cut: RandAugment is done by workers, and wants them on the CPU."""
-    if config.method.rand_augment is None:
-        return crop_place(config, pictures, device)
-    if config.data.crop_on == "device":
-        raise UserError("--crop-on device goes with --rand-augment none: RandAugment works on the CPU")
-    return "cpu"

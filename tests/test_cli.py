@@ -154,7 +154,10 @@ def test_mistake_is_one_line(argv: str, expected: str, capsys: pytest.CaptureFix
 def test_exit_code_of_the_process() -> None:
     result = subprocess.run([*COMMAND, "pretrian"], capture_output=True, text=True, env=environment())
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "fastmim: unknown command 'pretrian'; nearest: pretrain, prepare; see: fastmim --help\n"
+    assert (
+        result.stderr
+        == "fastmim: unknown command 'pretrian'; nearest: pretrain, prepare, predict; see: fastmim --help\n"
+    )
 
 
 def test_interrupt_is_one_line(tmp_path: Path) -> None:

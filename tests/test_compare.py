@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -337,7 +338,7 @@ def test_label_settings() -> None:
 
 def test_names_of_folders_are_plain() -> None:
     cell = Cell(Start("../r <b>", "x", "run", "net"), "5/class", 2)
-    assert cell.name == ".._r__b_-5-a-class-2" and "/" not in cell.name
+    assert re.fullmatch(r"\.\._r__b_-[0-9a-f]{8}-5-a-class-2", cell.name) and "/" not in cell.name
 
 
 # ---- The page and the command

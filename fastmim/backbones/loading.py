@@ -107,4 +107,4 @@ def _misfit(where: str, key: str, value: Tensor, stock: Tensor) -> str:
 
 def strip_sizes(model_args: Mapping[str, object]) -> dict[str, object]:
     """Arguments for ``timm.create_model`` without those that fastmim chooses itself."""
-    return {name: value for name, value in model_args.items() if name not in ("img_size", "num_classes")}
+    return {name: value for name, value in model_args.items() if name not in ("img_size", "num_classes", "in_chans")}

@@ -232,12 +232,13 @@ def _models(starts: Starts) -> dict[str, dict[str, Any]]:
 
 
 def _as_pretrained(starts: Starts) -> dict[str, Any]:
-    """Channels and values of the first run, where they are not colour pictures of 8 bits: all must see the same."""
+    """What the first run saw, where it is not colour pictures of 8 bits: all must see the same."""
     if starts.run is None:
         return {}
     data, usual = starts.run.config.data, DataConfig()
-    names = ("channels", "values")
-    return {name: getattr(data, name) for name in names if getattr(data, name) != getattr(usual, name)}
+    if (data.channels, data.values) == (usual.channels, usual.values):
+        return {}
+    return {name: getattr(data, name) for name in ("channels", "values", "mean", "std")}
 
 
 def _resolution(starts: Starts) -> int | None:

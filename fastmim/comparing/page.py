@@ -143,6 +143,7 @@ def _scale(values: Sequence[float], chance: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     if low - chance < high - low + 5:
         low = min(low, chance)
+    low = min(low, 99.0)  # where all are at 100 %, a scale needs two ends too
     ticks = nice_ticks(low, max(high, low + 1), 4)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     return max(0.0, math.floor(low / step) * step), min(100.0, math.ceil(max(high, low + 1) / step) * step)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grid of runs, starts by label settings by seeds, and how it is run so that it can be stopped at any time."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -198,6 +199,10 @@ def chosen(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _word(text: str) -> str:
-    """Something that can be part of a folder's name."""
+    """Something that can be part of a folder's name, and of no other text's."""
     text = text.replace("%", "pct").replace("/class", "-a-class")
-    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "_" for letter in text)
+    kept = [letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "_" for letter in text]
+    # Ends of paths, which have slashes, are told apart already.
+    lost = any(new != old != "/" for new, old in zip(kept, text, strict=True))
+    mark = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return "".join(kept) + (f"-{mark}" if lost else "")

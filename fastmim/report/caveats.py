@@ -31,6 +31,9 @@ def caveats(run: TransferFolder) -> list[str]:
     if never:
         what = "This class was" if len(never) == 1 else f"These {len(never):,} classes were"
         found.append(f"{what} never named rightly: {_some(never)}.")
+    unseen = [one["class"] for one in outcome["per_class"] if not one["images"]]
+    if unseen:
+        found.append(f"No test image of {_some(unseen)} could be read, so it is not known how well that is told apart.")
     if tested < FEW_IMAGES:
         found.append(
             f"There are only {tested} test images, so the accuracy is known roughly. With --folds 5 every image is "

@@ -56,6 +56,8 @@ class Classify(nn.Module):
             network, method, classes, layer_decay, shown,
         )  # fmt: skip
         self.average = ModelEmaV3(network, decay=method.ema, use_warmup=True) if method.ema else None
+        if self.average is not None:
+            self.average.requires_grad_(False)  # several processes would wait for its gradients
         self.updates = 0
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -124,10 +126,10 @@ class Classify(nn.Module):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``val_loss`` and ``accuracy`` (percent) on the images that are shown on the way."""
-        if self.shown is None:
+        """``val_loss`` and ``accuracy`` (percent) on the images that are shown on the way; nothing, if none is read."""
+        logits, labels, _ = self.answers(self.shown or ())
+        if not len(labels):
             return {}
-        logits, labels, _ = self.answers(self.shown)
         return {
             "val_loss": float(F.cross_entropy(logits, labels)),
             "accuracy": 100 * float((logits.argmax(1) == labels).float().mean()),
@@ -145,6 +147,9 @@ class Classify(nn.Module):
         finally:
             for module, training in modes:
                 module.training = training
+        if not found:
+            nothing = torch.zeros(0).long()
+            return torch.zeros(0, self.classes), nothing, nothing
         logits, labels, places = (torch.cat(parts) for parts in zip(*found, strict=True))
         return logits, labels, places
 
