@@ -17,6 +17,7 @@ _PUBLIC = {
     "probe": "fastmim.runs",
     "finetune": "fastmim.transfer",
     "distill": "fastmim.transfer",
+    "cross_validate": "fastmim.transfer",
     "predict": "fastmim.predicting",
     "select": "fastmim.choose",
     "embed": "fastmim.embedding.embed",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from fastmim.runs import probe as probe
     from fastmim.runs import resume as resume
     from fastmim.speed.compare import bench as bench
+    from fastmim.transfer import cross_validate as cross_validate
     from fastmim.transfer import distill as distill
     from fastmim.transfer import finetune as finetune
 

@@ -111,7 +111,7 @@ def _run(config: TransferConfig, dry_run: bool) -> int:
 def _folds(config: FinetuneConfig) -> int:
     from fastmim import cli, transfer
 
-    folder, summary = transfer.cross_validate(config)
+    folder, summary = transfer.cross_validate(config=config)
     if not summary:
         raise KeyboardInterrupt
     folds, pooled = f"{summary['mean']:.1f} +- {summary['spread']:.1f} %", f"{summary['pooled']:.1f} %"

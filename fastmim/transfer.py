@@ -77,8 +77,11 @@ def distill(
     return begin_run(update(config, {**_given(data=data, teacher=teacher), **words}))
 
 
-def cross_validate(config: FinetuneConfig) -> tuple[Path, dict[str, Any]]:
-    """One run for each fold, in OUT/fold-0 and so on; every image is tested once.
+def cross_validate(
+    data: str | Path | None = None, start: str | Path | Run | None = None, config: FinetuneConfig | None = None,
+    **words: Any,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """One run for each of ``folds``, in OUT/fold-0 and so on; every image is tested once. Words as of `finetune`.
 
     Returns:
         The folder, and what ``folds.json`` in it holds: accuracies of the folds, their mean and spread, and the
@@ -87,8 +90,11 @@ def cross_validate(config: FinetuneConfig) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: as `finetune`.
     """
+    config = config or recipes.load(str(words.get("recipe", FinetuneConfig().method.recipe)))
+    config = update(config, {**_given(data=data, start=start), **words})
     folds = config.data.folds
-    assert folds is not None
+    if folds is None:
+        raise UserError("several folds need their number: folds=5")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--folds makes one run after another in one process; with torchrun, give --fold too")
     model = config.method.model or Path(config.method.start).name

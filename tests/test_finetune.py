@@ -21,11 +21,10 @@ from torch import nn
 
 import fastmim
 from fastmim.cli import main
-from fastmim.config import FinetuneConfig, update
+from fastmim.config import FinetuneConfig
 from fastmim.errors import UserError
 from fastmim.recipes import finetune as recipes
 from fastmim.run_folder import Run
-from fastmim.transfer import cross_validate
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY: dict[str, Any] = {
@@ -163,8 +162,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(ema: float | None, cl
 
 
 def test_folds_test_every_image_once(classes: Path, tmp_path: Path) -> None:
-    words = {**TINY, "steps": 2, "folds": 4, "data": str(classes), "start": "scratch", "out": str(tmp_path / "folds")}
-    folder, summary = cross_validate(update(FinetuneConfig(), words))
+    words = {**TINY, "steps": 2, "folds": 4, "out": str(tmp_path / "folds")}
+    folder, summary = fastmim.cross_validate(str(classes), "scratch", **words)
     assert len(summary["folds"]) == 4 and json.loads((folder / "folds.json").read_text()) == summary
     tested = [row["path"] for fold in range(4) for row in rows_of(folder / f"fold-{fold}" / "predictions.csv")]
     assert len(tested) == len(set(tested)) == 40

@@ -232,13 +232,13 @@ def test_one_image_cannot_be_mixed(classes: Path, tmp_path: Path, capsys: pytest
 def test_folds_are_not_taken_over_from_other_options(classes: Path, before: Run, tmp_path: Path) -> None:
     words = {**QUICK, "folds": 2, "data": str(classes), "start": "scratch", "out": str(tmp_path / "folds")}
     config = update(FinetuneConfig(), words)
-    _, summary = cross_validate(config)
-    assert cross_validate(config)[1] == summary
+    _, summary = cross_validate(config=config)
+    assert cross_validate(config=config)[1] == summary
     for change in ({"steps": 3}, {"labels": "5/class"}, {"seed": 1}):
         with pytest.raises(UserError, match=f"fold-0 was made with other {next(iter(change))};"):
-            cross_validate(update(config, change))
+            cross_validate(config=update(config, change))
     with pytest.raises(UserError, match="holds another run"):
-        cross_validate(update(config, {"out": str(before.path)}))
+        cross_validate(config=update(config, {"out": str(before.path)}))
 
 
 def test_export_of_a_tuned_run_says_where_it_is(grey: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -251,11 +251,20 @@ def test_class_folders_are_split(classes: Path) -> None:
 
 @pytest.mark.parametrize("val", ["val", "valid", "test"])
 def test_train_and_val_folders(val: str, tmp_path: Path) -> None:
-    touch(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/b/x/1.jpg", "train/b/2.jpg", f"{val}/b/3.jpg")
+    touch(
+        tmp_path,
+        "train/a/1.jpg",
+        "train/a/2.jpg",
+        "train/b/x/1.jpg",
+        "train/b/2.jpg",
+        f"{val}/b/3.jpg",
+        f"{val}/a/4.jpg",
+    )
     data = labelled(str(tmp_path))
     assert data.classes == ("a", "b") and data.train_labels == (0, 0, 1, 1)
-    assert paths(data.val) == [str(tmp_path / val / "b/3.jpg")] and data.val_labels == (1,)
-    assert data.split == f"train/ and {val}/"
+    assert paths(data.val) == [str(tmp_path / val / name) for name in ("a/4.jpg", "b/3.jpg")]
+    assert data.val_labels == (0, 1)
+    assert data.split == f"train/ and {'test' if val == 'test' else 'val'}/"
 
 
 def test_train_without_val_is_split(tmp_path: Path) -> None:
@@ -271,4 +280,4 @@ def test_labelled_errors(tmp_path: Path) -> None:
     assert "class 'b' of" in message(lambda: labelled(str(single)))
     names = ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")
     unknown = touch(tmp_path / "unknown", *(f"train/{name}" for name in names), "val/c/1.jpg")
-    assert "class 'c' is not in" in message(lambda: labelled(str(unknown)))
+    assert "class 'c' of val is not in train" in message(lambda: labelled(str(unknown)))

@@ -87,7 +87,8 @@ def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
             generator=torch.Generator(),
             **parallel,
         )
-        iterator = iter(loader)
+        with _signals_wait():
+            iterator = iter(loader)
     try:
         for answer in iterator:
             if isinstance(answer, UserError):
@@ -99,6 +100,27 @@ def _work(samples: Any, pieces: Iterable[Any], workers: int) -> Answers:
             # By name: an exception keeps the iterator alive, until a collection of garbage ends it in whichever thread
             # that runs, such as one that a worker waits for.
             cast(Any, iterator)._shutdown_workers()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Holds signals back while workers are forked; each lets them through once it has its own handlers.
+
+    Until then torch's would end a worker of which nobody would learn, since it ends as if it had done its work.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _signals() -> list[signal.Signals]:
+    """Those that a cluster or a person sends to all processes of a run."""
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -161,11 +183,12 @@ def start_worker(_: int = 0, over: Any = None) -> None:
         over: shared; once it is true, SIGTERM ends the worker, whatever it waits for.
     """
     torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _signals():
+        signal.signal(number, signal.SIG_IGN)
     if over is not None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.value else None)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())
     parent = multiprocessing.parent_process()
     if sys.platform == "linux" and parent is not None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
