@@ -158,7 +158,10 @@ def test_verdicts(accuracies: dict[str, list[list[float]]], begins: str, holds: 
 def test_shuffled_labels_that_help_are_an_alarm(tmp_path: Path) -> None:
     measured, plan = synthetic({"scratch": [[0.1, 0.1, 0.1]], "a": [[0.3, 0.31, 0.29]]}, tmp_path)
     text = sentence(judge(measured, plan, np.ones(2000, bool)), plan, shuffled=True)
-    assert "must not be" in text and "leak" in text
+    assert "a is shown to help, which must not be" in text and "leak" in text
+    measured, plan = synthetic({"scratch": [[0.1, 0.1, 0.1]], "a": [[0.03, 0.031, 0.029]]}, tmp_path)
+    text = sentence(judge(measured, plan, np.ones(2000, bool)), plan, shuffled=True)
+    assert "nothing helped" in text and "a is behind scratch, by the luck of the labels" in text and "leak" not in text
 
 
 def test_scores_leave_images_out(tmp_path: Path) -> None:

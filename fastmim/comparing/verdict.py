@@ -115,17 +115,22 @@ def _one_seed(judged: Judged, against: dict[str, list[Difference]]) -> str:
 
 
 def _shuffled(judged: Judged, against: dict[str, list[Difference]], above: bool) -> str:
-    claimed = sorted({name for name, group in against.items() if decide(group) != "nothing"})
+    def claimed_to_be(word: str) -> str:
+        return ", ".join(sorted(name for name, group in against.items() if any(one.outcome == word for one in group)))
+
+    claimed, behind = claimed_to_be("helped"), claimed_to_be("hurt")
     best = max(judged.scores, key=lambda score: score.mean)
     figures = f"the best, {best.start} with {said(best.labels)}, has {best.mean:.1f} %, chance {judged.chance:.1f} %"
     if claimed:
         return (
-            f"With shuffled labels a difference is shown for {', '.join(claimed)}, which must not be: {figures}; "
-            "look for a leak, or take more seeds"
+            f"With shuffled labels {claimed} is shown to help, which must not be: {figures}; look for a leak, or take"
+            " more seeds"
         )
+    # No leak makes a start worse than chance; the luck of the labels does, in some of a hundred controls.
+    luck = f"; {behind} is behind scratch, by the luck of the labels: more seeds would tell" if behind else ""
     if above:
-        return f"With shuffled labels nothing helped, as it must be, but something beats chance: {figures}"
-    return f"With shuffled labels nothing helped and nothing beats chance, as it must be: {figures}"
+        return f"With shuffled labels nothing helped, as it must be, but something beats chance: {figures}{luck}"
+    return f"With shuffled labels nothing helped and nothing beats chance, as it must be: {figures}{luck}"
 
 
 def _against_others(judged: Judged, plan: Plan) -> list[str]:
