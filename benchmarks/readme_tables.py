@@ -194,7 +194,7 @@ def compared() -> str:
         accuracy = f"{float(row['mean']):.1f} ± {float(row['spread']):.1f}"
         lines.append(f"| {' | '.join([labels, start, accuracy, *against])} |")
     one = newest[0]
-    budget = f"{one['seeds']} seeds; {one['steps']} steps of {one['global_batch']} images for every start"
+    budget = f"{one['seeds']} seeds; {one['steps']} steps for every start"
     note = f"({one['train']} labelled images, {one['test']} test images, {budget}; {one['machine']})"
     return "\n".join([*lines, "", note])
 
@@ -202,6 +202,7 @@ def compared() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "methods": lambda: methods(short=True),
+        "compare": compared,
         "demo": lambda: gain("demo"),
         "imagenette": lambda: gain("imagenette"),
         "backbones": backbones,

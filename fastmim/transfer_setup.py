@@ -36,6 +36,7 @@ TransferT = TypeVar("TransferT", bound=TransferConfig)
 # Enough to judge by, and quick even on a CPU.
 _SHOWN_IMAGES = 2000
 _LAYER_DECAY = 0.75
+_FEW = 10_000  # training images
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ def begin(config: TransferConfig, found: Splits, world: int = 1) -> Parts:
     config = update(config, {"model": plain_name(start.name), "model_args": args})
     config = _with_course(config, len(found.train), world)
     lines += _check_batch(config, network, world)
+    if method.recipe == "default" and len(found.train) < _FEW:
+        lines.append(
+            f"{len(found.train)} images are few: --recipe mild varies them less, which does better in few epochs"
+        )
     return Parts(config, task_of(config, network, found), tuple(lines))
 
 

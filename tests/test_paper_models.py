@@ -16,7 +16,7 @@ from fastmim.tasks.pretrain import Pretrain, build_mim
 from fastmim.tasks.resolve import resolve
 from fastmim.train.optim import adamw
 
-MODELS = [name for name in finetune.names() if name != "default"]
+MODELS = [name for name in finetune.names() if finetune.load(name).method.model is not None]
 
 
 def step(task: torch.nn.Module, batch: dict[str, Tensor], lr: float) -> float:

@@ -59,6 +59,21 @@ def default() -> FinetuneConfig:
     return FinetuneConfig()
 
 
+def mild() -> FinetuneConfig:
+    """For few images or few epochs: crops of 40 to 100 % of the picture and a mirror, and no other variation.
+
+    The settings are ours. On 1,653 hand photos of 10 classes, in 20 epochs from the demo's run at 64 px (one seed), it
+    reached 58.9 % where ``default`` reached 36.9 %: what is right for 100 epochs of a million images is too much for
+    few of few.
+    Command: ``fastmim finetune LABELLED RUN --recipe mild --epochs 30``
+    Expected cost: that of ``default``.
+    """
+    return FinetuneConfig(
+        data=LabelledDataConfig(crop_scale=(0.4, 1.0)),
+        method=ClassifyConfig(recipe="mild", rand_augment=None, erase=0, mixup=0, cutmix=0),
+    )
+
+
 def vit_base() -> FinetuneConfig:
     """ViT-B/16 of the paper: 83.8 % after 800 epochs of FastMIM at 128 px.
 
