@@ -8,7 +8,6 @@ imported inside the functions, so that help and mistakes are answered at once.
 import contextlib
 import dataclasses
 import fnmatch
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -42,12 +41,12 @@ from fastmim.cli_options import (
     read_words,
     read_yaml,
 )
+from fastmim.cli_output import INTERRUPTED, OK, USER_ERROR, finished, print_fields, print_styled
 from fastmim.cli_probe import Probe, probe
 from fastmim.cli_transfer import Distill, Finetune, Predict, distill, finetune, predict
 from fastmim.config import Config, Section, locate, nearest, update
 from fastmim.errors import UserError
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 STATUS_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -179,38 +178,6 @@ def resolved(words: Mapping[str, Any], file: str | None) -> Config:
     return update(config, words, "command line")
 
 
-def finished(path: Path) -> int:
-    """Says what to do with a run that has ended, or been interrupted; the exit code."""
-    if os.environ.get("RANK", "0") != "0":
-        return OK  # of several processes the first speaks, and is still writing
-    if json.loads((path / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted":
-        print(f"fastmim: interrupted; to continue: fastmim resume {path}", file=sys.stderr)
-        return INTERRUPTED
-    print(f"report:  {path / 'report.html'}")
-    print(f"weights: {path / 'export' / 'timm'}")
-    if (path / "finetune.json").is_file():
-        result = json.loads((path / "finetune.json").read_text(encoding="utf-8"))
-        top = result["accuracy"]
-        print(f"result:  {top['top1']:.1f} % of {result['test']} images right ({top['low']:.1f} to {top['high']:.1f})")
-        print(f"use it:  fastmim predict {path} IMAGES")
-    else:
-        print(f"probe:   fastmim probe {path} LABELLED_IMAGES")
-        print(f"then:    fastmim finetune LABELLED_IMAGES {path}")
-    return OK
-
-
-def print_fields(values: Mapping[str, Any], indent: str = "") -> None:
-    """Prints names and values in two columns, groups indented below their name."""
-    width = max(map(len, values), default=0)
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            print(f"{indent}{name}")
-            print_fields(value, indent + "  ")
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            print(f"{indent}{name:{width}}  {text}")
-
-
 def print_networks(names: list[str], resolution: int) -> None:
     """Prints what can be known of networks without building them in memory, one line each."""
     from fastmim.backbones import catalog
@@ -229,17 +196,6 @@ def print_networks(names: list[str], resolution: int) -> None:
         print_styled("bold", f"{name:{width}}", f"  {facts['params'] / 1e6:7.1f} M  {hides:20}  {maps}")
     print("\nhides by: pixels, a learnt colour; tokens, a learnt token; drop, hidden tokens are not encoded (fastest);")
     print("and every network by compact: visible blocks moved together")
-
-
-def print_styled(style: str, start: str, rest: str) -> None:
-    """Prints a line whose start has a style on a terminal, and none elsewhere."""
-    if not sys.stdout.isatty():
-        print(start + rest, flush=True)
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    Console().print(Text.assemble((start, style), rest), soft_wrap=True)
 
 
 # ---- Help

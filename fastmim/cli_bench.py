@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
+from fastmim.cli_output import INTERRUPTED, OK
 from fastmim.config import MethodConfig, Section, listed
 
 
@@ -59,7 +60,6 @@ class Bench(Section):
 def bench(words: dict[str, Any]) -> int:
     """Prints the tables, and where the picture is."""
     options = build(Bench, words, "bench")
-    from fastmim import cli
     from fastmim.speed.compare import bench as compare
     from fastmim.speed.page import lines
 
@@ -68,4 +68,4 @@ def bench(words: dict[str, Any]) -> int:
     print(f"\n{result.folder / 'bench.png'}\n{result.folder / 'bench.csv'}")
     if result.interrupted:
         print("fastmim: interrupted; what was measured until then is above", file=sys.stderr)
-    return cli.INTERRUPTED if result.interrupted else cli.OK
+    return INTERRUPTED if result.interrupted else OK

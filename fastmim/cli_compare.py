@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
+from fastmim.cli_output import INTERRUPTED, OK, print_styled
 from fastmim.config import Section
 
 
@@ -58,13 +59,12 @@ class Compare(Section):
 def compare(words: dict[str, Any]) -> int:
     """Prints a line for each run, the verdict, and where the page is."""
     options = build(Compare, words, "compare")
-    from fastmim import cli
     from fastmim.comparing.compare import compare as run
 
     result = run(**options.model_dump())
-    cli.print_styled("bold", result.verdict, "")
+    print_styled("bold", result.verdict, "")
     if result.facts:
         print(f"page:    {result.page}")
     if result.interrupted:
         print(f"fastmim: interrupted; the same command with --out {result.folder} goes on", file=sys.stderr)
-    return cli.INTERRUPTED if result.interrupted else cli.OK
+    return INTERRUPTED if result.interrupted else OK

@@ -13,6 +13,7 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
+from fastmim.cli_output import print_styled
 from fastmim.config import Config, DataConfig, Section
 from fastmim.errors import UserError
 
@@ -104,7 +105,6 @@ def scan(words: dict[str, Any]) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {str(out.absolute().parent)!r}")
-    from fastmim import cli
     from fastmim.data.inspection import found, page
     from fastmim.data.inspection.inspect import inspect
     from fastmim.data.sources.scan import scan as find
@@ -130,7 +130,7 @@ def scan(words: dict[str, Any]) -> int:
             f" first {first.path!r}: {first.reason}"
         )
     for style, start, rest in page.lines(findings, options.data):
-        cli.print_styled(style, start, rest)
+        print_styled(style, start, rest)
     return 0
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
+from fastmim.cli_output import INTERRUPTED, OK
 from fastmim.config import Section
 
 
@@ -44,18 +45,17 @@ class Embed(Section):
 def embed(words: dict[str, Any]) -> int:
     """Prints what was written, and how many images could not be read."""
     options = build(Embed, words, "embed")
-    from fastmim import cli
     from fastmim.embedding import embed as embedding
 
     try:
         done = embedding.embed(**options.model_dump())
     except embedding.Interrupted as stopped:
         print(f"fastmim: {stopped}", file=sys.stderr)
-        return cli.INTERRUPTED
+        return INTERRUPTED
     there = "; all there already, --overwrite computes them again" if done.complete else ""
     print(f"features: {done.images:,} images of {done.dim:,} numbers in {options.out}{there}")
     for name, picture in zip(("nearest", "map"), done.pictures, strict=False):
         print(f"{name + ':':10}{picture}")
     if done.bad:
         print(f"left out: {done.bad:,} that cannot be read, listed in {options.out}.bad.csv")
-    return cli.OK
+    return OK

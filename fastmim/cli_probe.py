@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build
+from fastmim.cli_output import OK, print_styled
 from fastmim.config import Section
 
 
@@ -50,16 +51,16 @@ class Probe(Section):
 def probe(words: dict[str, Any]) -> int:
     """Prints accuracies (mean and standard deviation) and the verdict."""
     options = build(Probe, words, "probe")
-    from fastmim import cli, runs
+    from fastmim import runs
     from fastmim.evidence import of_labels
 
     result = runs.probe(**options.model_dump())
     width = max(len(method) for methods in result["summary"].values() for method in methods)
     for setting, methods in result["summary"].items():
         if len(result["summary"]) > 1:
-            cli.print_styled("dim", of_labels(setting), "")
+            print_styled("dim", of_labels(setting), "")
         for method, accuracies in methods.items():
             cells = (f"{weights} {mean:.1f} +- {std:.1f} %" for weights, (mean, std) in accuracies.items())
-            cli.print_styled("bold", f"{method:{width}}", "  " + "   ".join(cells))
+            print_styled("bold", f"{method:{width}}", "  " + "   ".join(cells))
     print(result["verdict"])
-    return cli.OK
+    return OK

@@ -8,6 +8,7 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from fastmim.cli_options import build, dump_yaml, read_yaml
+from fastmim.cli_output import OK, finished, print_fields
 from fastmim.config import DistillConfig, FinetuneConfig, RunConfig, Section, TransferConfig, update
 from fastmim.errors import UserError
 from fastmim.recipes import finetune as recipes
@@ -100,16 +101,16 @@ def predict(words: dict[str, Any]) -> int:
 
 
 def _run(config: TransferConfig, dry_run: bool) -> int:
-    from fastmim import cli, transfer
+    from fastmim import transfer
 
     if dry_run:
-        cli.print_fields(transfer.plan_transfer(config))
-        return cli.OK
-    return cli.finished(transfer.begin_run(config).path)
+        print_fields(transfer.plan_transfer(config))
+        return OK
+    return finished(transfer.begin_run(config).path)
 
 
 def _folds(config: FinetuneConfig) -> int:
-    from fastmim import cli, transfer
+    from fastmim import transfer
 
     folder, summary = transfer.cross_validate(config=config)
     if not summary:
@@ -117,7 +118,7 @@ def _folds(config: FinetuneConfig) -> int:
     folds, pooled = f"{summary['mean']:.1f} +- {summary['spread']:.1f} %", f"{summary['pooled']:.1f} %"
     print(f"{len(summary['folds'])} folds: {folds}; all images together {pooled}")
     print(folder / "folds.json")
-    return cli.OK
+    return OK
 
 
 def _own(words: dict[str, Any], schema: type[Section]) -> dict[str, Any]:

@@ -27,7 +27,17 @@ MAY_IMPORT = {
 }
 TOP = {
     *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_embed", "cli_options", "cli_probe", "cli_transfer"),
+    *(
+        "cli",
+        "cli_bench",
+        "cli_compare",
+        "cli_data",
+        "cli_embed",
+        "cli_options",
+        "cli_output",
+        "cli_probe",
+        "cli_transfer",
+    ),
     *("choose", "comparing", "contact_sheet", "embedding", "outcome", "predicting", "significance", "speed", "starts"),
     *("transfer", "transfer_setup"),
 }

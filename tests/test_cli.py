@@ -15,8 +15,9 @@ import yaml
 from tyro.conf import Positional
 
 import fastmim
-from fastmim.cli import COMMANDS, finished, main
+from fastmim.cli import COMMANDS, main
 from fastmim.cli_options import leaves
+from fastmim.cli_output import finished
 from fastmim.config import Config, PretrainSystemConfig, option_words
 
 ROOT = Path(fastmim.__file__).parents[1]

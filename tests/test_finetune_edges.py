@@ -337,7 +337,7 @@ def test_two_processes_learn_what_one_learns(classes: Path, tmp_path: Path) -> N
         "import json, sys; import fastmim\n"
         "words = json.loads(sys.argv[3])\n"
         "run = fastmim.finetune(sys.argv[1], 'scratch', out=sys.argv[2], **words)\n"
-        "from fastmim.cli import finished; sys.exit(finished(run.path))\n"
+        "from fastmim.cli_output import finished; sys.exit(finished(run.path))\n"
     )
     (tmp_path / "two.py").write_text(code)
     command = [
