@@ -19,9 +19,9 @@ import rows
 import fastmim
 from fastmim.cli_options import parse_yaml
 from fastmim.comparing.compare import Comparison
-from fastmim.comparing.starts import SCRATCH
 from fastmim.config import update
 from fastmim.recipes import load
+from fastmim.starts import SCRATCH
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,7 +22,7 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-from fastmim import __version__, recipes
+from fastmim import __version__
 from fastmim.cli_bench import Bench, bench
 from fastmim.cli_compare import Compare, compare
 from fastmim.cli_data import Prepare, Scan, Select, prepare, scan, select
@@ -37,9 +37,10 @@ from fastmim.cli_options import (
     Resume,
     build,
     dump_yaml,
+    own_words,
     parse_yaml,
     read_words,
-    read_yaml,
+    resolved,
 )
 from fastmim.cli_output import INTERRUPTED, OK, USER_ERROR, finished, print_fields, print_styled
 from fastmim.cli_probe import Probe, probe
@@ -67,8 +68,8 @@ def demo(words: dict[str, Any]) -> int:
 
 def pretrain(words: dict[str, Any]) -> int:
     """Resolves the options and trains, or prints what they are or what they would do."""
-    options = build(Pretrain, {name: words.pop(name) for name in Pretrain.__annotations__ if name in words}, "pretrain")
-    config = resolved(words, options.config)
+    options = build(Pretrain, own_words(words, Pretrain), "pretrain")
+    config: Config = resolved(words, options.config)
     if options.print_config:
         print(dump_yaml(config), end="")
         return OK
@@ -161,21 +162,6 @@ def doctor(words: dict[str, Any]) -> int:
 
 
 # ---- Parts of the commands
-
-
-def resolved(words: Mapping[str, Any], file: str | None) -> Config:
-    """The recipe's options, changed by a YAML ``file``, changed by the ``words`` of the command line.
-
-    Raises:
-        UserError: an unknown recipe, an unreadable file, an unknown option or a value that does not fit.
-    """
-    written = read_yaml(file) if file else {}
-    method = written.get("method")
-    recipe = words.get("recipe") or written.get("recipe") or (isinstance(method, dict) and method.get("recipe"))
-    config = recipes.load(str(recipe or Config().method.recipe))
-    if file:
-        config = update(config, written, file)
-    return update(config, words, "command line")
 
 
 def print_networks(names: list[str], resolution: int) -> None:

@@ -7,7 +7,7 @@ one reads the same everywhere, in one line; a command line is therefore only spl
 
 import re
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -16,9 +16,11 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from tyro.conf import Positional, Suppress, arg
 
+from fastmim import recipes
 from fastmim.config import (
     WORDS,
     Config,
+    ConfigT,
     DataConfig,
     MethodConfig,
     OptimConfig,
@@ -28,6 +30,7 @@ from fastmim.config import (
     locate,
     nearest,
     sections,
+    update,
 )
 from fastmim.errors import UserError
 
@@ -233,6 +236,37 @@ def build(schema: type[SchemaT], words: Mapping[str, Any], command: str) -> Sche
             labels = [item.metavar for item in schema.model_fields[name].metadata if hasattr(item, "metavar")]
             raise UserError(f"{command} needs {(*labels, name.upper())[0]}; see: fastmim {command} --help") from None
         raise UserError(f"command line: {name} = {first['input']!r}: {first['msg']}") from None
+
+
+def own_words(words: dict[str, Any], schema: type[Section]) -> dict[str, Any]:
+    """Takes out of ``words`` those of a command itself, which are no options of a run."""
+    return {name: words.pop(name) for name in schema.__annotations__ if name in words}
+
+
+def resolved(
+    words: Mapping[str, Any],
+    file: str | None,
+    load: Callable[[str], ConfigT] = recipes.load,  # type: ignore[assignment]
+    schema: type[RunConfig] = Config,
+) -> ConfigT:
+    """The recipe's options, changed by a YAML ``file``, changed by the ``words`` of the command line.
+
+    Args:
+        words: of the command line.
+        file: of options, or None.
+        load: gives the configuration of a recipe; of one for pre-training, when not given.
+        schema: of that configuration.
+
+    Raises:
+        UserError: an unknown recipe, an unreadable file, an unknown option or a value that does not fit.
+    """
+    written = read_yaml(file, schema) if file else {}
+    method = written.get("method")
+    recipe = words.get("recipe") or written.get("recipe") or (isinstance(method, dict) and method.get("recipe"))
+    config = load(str(recipe or schema.model_fields["method"].default.recipe))
+    if file:
+        config = update(config, {name: value for name, value in written.items() if name != "task"}, file)
+    return update(config, words, "command line")
 
 
 # ---- YAML

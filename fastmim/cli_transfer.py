@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fastmim finetune``, ``distill`` and ``predict``: from labelled images to a classifier, and what it says."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field
 from tyro.conf import Positional, arg
 
-from fastmim.cli_options import build, dump_yaml, read_yaml
+from fastmim.cli_options import build, dump_yaml, own_words, resolved
 from fastmim.cli_output import OK, finished, print_fields
-from fastmim.config import DistillConfig, FinetuneConfig, RunConfig, Section, TransferConfig, update
+from fastmim.config import DistillConfig, FinetuneConfig, Section, TransferConfig
 from fastmim.errors import UserError
 from fastmim.recipes import finetune as recipes
-
-TransferT = TypeVar("TransferT", bound=RunConfig)
 
 
 class Finetune(FinetuneConfig):
@@ -62,9 +59,8 @@ class Predict(Section):
 
 def finetune(words: dict[str, Any]) -> int:
     """Prints the accuracy and where the report is."""
-    options = build(Finetune, _own(words, Finetune), "finetune")
-    name = _recipe(words, options.config, FinetuneConfig) or FinetuneConfig().method.recipe
-    config = _resolved(recipes.load(name), words, options.config)
+    options = build(Finetune, own_words(words, Finetune), "finetune")
+    config = resolved(words, options.config, recipes.load, FinetuneConfig)
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
@@ -75,9 +71,8 @@ def finetune(words: dict[str, Any]) -> int:
 
 def distill(words: dict[str, Any]) -> int:
     """Prints the accuracy and where the report is."""
-    options = build(Distill, _own(words, Distill), "distill")
-    name = _recipe(words, options.config, DistillConfig) or DistillConfig().method.recipe
-    config = _resolved(recipes.load_distill(name), words, options.config)
+    options = build(Distill, own_words(words, Distill), "distill")
+    config = resolved(words, options.config, recipes.load_distill, DistillConfig)
     if options.print_config:
         print(dump_yaml(config), end="")
         return 0
@@ -119,22 +114,3 @@ def _folds(config: FinetuneConfig) -> int:
     print(f"{len(summary['folds'])} folds: {folds}; all images together {pooled}")
     print(folder / "folds.json")
     return OK
-
-
-def _own(words: dict[str, Any], schema: type[Section]) -> dict[str, Any]:
-    return {name: words.pop(name) for name in schema.__annotations__ if name in words}
-
-
-def _recipe(words: Mapping[str, Any], file: str | None, schema: type[RunConfig]) -> str | None:
-    written = read_yaml(file, schema) if file else {}
-    method = written.get("method")
-    name = words.get("recipe") or written.get("recipe") or (isinstance(method, dict) and method.get("recipe"))
-    return str(name) if name else None
-
-
-def _resolved(config: TransferT, words: Mapping[str, Any], file: str | None) -> TransferT:
-    """The recipe's options, changed by a YAML ``file``, changed by the ``words`` of the command line."""
-    if file:
-        written = {name: value for name, value in read_yaml(file, type(config)).items() if name != "task"}
-        config = update(config, written, file)
-    return update(config, words, "command line")

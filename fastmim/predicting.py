@@ -11,18 +11,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fastmim.data.loader import EvalLoader
 from fastmim.data.sources.scan import scan
 from fastmim.errors import UserError
-from fastmim.mim.model import as_floats
 from fastmim.outcome import predictions_csv
 from fastmim.run_folder import Run
-from fastmim.run_images import plain_pictures
+from fastmim.run_images import eval_loader
+from fastmim.tasks.classify import answers
 from fastmim.train.checkpoint import write_file
 from fastmim.train.device import pick_device, pick_workers
 from fastmim.transfer_setup import trained_classifier
-
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -68,25 +65,14 @@ def predict(
     network, data = network.to(at), config.data
     assert data.mean is not None and data.std is not None
     mean, std = (torch.tensor(numbers, device=at).view(1, -1, 1, 1) for numbers in (data.mean, data.std))
-    loader = EvalLoader(
-        plain_pictures(config, table), resolution=data.resolution, batch_size=_BATCH, workers=pick_workers(workers, at)
-    )
-    places: list[int] = []
-    parts = []
-    with (
-        Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar,
-        torch.no_grad(),
-    ):
+    loader = eval_loader(config, table, workers=pick_workers(workers, at))
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("classifying", total=len(table))
-        for batch in loader:
-            logits = network((as_floats(batch["images"].to(at)) - mean) / std)
-            parts.append(logits.float().softmax(1).cpu())
-            places += batch["indices"].tolist()
-            bar.advance(line, len(batch["images"]))
-    if not parts:
+        logits, _, found = answers(network, loader, mean, std, len(classes), lambda count: bar.advance(line, count))
+    if not len(logits):
         first = next(iter(loader.bad.items()))
         raise UserError(f"none of the images can be read; first {first[0]!r}: {first[1]}")
-    probabilities = torch.cat(parts)
+    probabilities, places = logits.softmax(1), found.tolist()
     try:
         write_file(path, predictions_csv([table.path(place) for place in places], probabilities, classes))
     except OSError as error:

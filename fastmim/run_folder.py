@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not (self.path / "config.yaml").is_file():
+        if not holds_run(self.path):
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml")
 
     def __repr__(self) -> str:
@@ -111,6 +111,18 @@ class Run:
         write_file(self.path / name, json.dumps(value, indent=1).encode())
 
 
+def as_run(word: str | os.PathLike[str] | Run) -> Run | None:
+    """The run that a word means: one that is given as such, or by its folder; None where it means something else."""
+    if isinstance(word, Run):
+        return word
+    return Run(word) if holds_run(word) else None
+
+
+def holds_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a run began there, of any kind and in any state."""
+    return (Path(folder) / "config.yaml").is_file()
+
+
 def default_folder(config: Config) -> Path:
     """``runs/pretrain/MODEL-DATA-001``, or the next free number."""
     return named_folder("pretrain", config.method.model.removeprefix("local-dir:"), config.data.paths[0])
@@ -147,7 +159,7 @@ def prepare_folder(folder: Path, overwrite: bool, *needed: str | None) -> None:
         raise UserError(f"the run folder {folder} is a file; give another --out")
     entries = [entry for entry in folder.iterdir() if entry.name != ".lock"] if folder.is_dir() else []
     if entries:
-        is_run = (folder / "config.yaml").is_file()
+        is_run = holds_run(folder)
         if not overwrite:
             mend = (
                 f"'fastmim resume {folder}' goes on with it, --overwrite empties it" if is_run else "give another --out"

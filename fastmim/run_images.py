@@ -3,7 +3,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +170,12 @@ def training_loader(
     )
 
 
-def eval_loader(config: RunConfig, table: ImageTable) -> EvalLoader:
-    """Every image of ``table`` once, whole."""
-    return EvalLoader(plain_pictures(config, table), resolution=config.data.resolution, batch_size=64)
+def eval_loader(
+    config: RunConfig, table: ImageTable, labels: Sequence[int] | None = None, workers: int = 0
+) -> EvalLoader:
+    """Every image of ``table`` once, whole, with its label where there are any."""
+    pictures, side = plain_pictures(config, table), config.data.resolution
+    return EvalLoader(pictures, resolution=side, batch_size=64, labels=labels, workers=workers)
 
 
 def _shard_cache(config: RunConfig, table: ImageTable) -> ShardCache | None:

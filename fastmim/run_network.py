@@ -145,10 +145,8 @@ def with_micro_batch(config: ConfigT, task: nn.Module, device: torch.device, her
     def example(count: int) -> dict[str, Tensor]:
         dtype = torch.float32 if data.values == "raw" else torch.uint8
         images = torch.zeros(count, data.channels, side, side, dtype=dtype, device=device)
-        return {
-            "images": images,
-            **dict.fromkeys(("keys", "indices"), torch.zeros(count, dtype=torch.long, device=device)),
-        }
+        keys, indices = torch.arange(count, device=device), torch.zeros(count, dtype=torch.long, device=device)
+        return {"images": images, "keys": keys, "indices": indices}
 
     size = find_micro_batch(task, example, config.optim.global_batch // here.world, device, free_memory(device))
     return update(config, {"micro_batch": size})

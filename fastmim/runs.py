@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``pretrain``, ``resume``, ``probe`` and ``export``: the commands as Python functions."""
 
+import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +17,11 @@ from fastmim.config import Config, update
 from fastmim.data.labelled import Labelled, labelled
 from fastmim.data.loader import EvalLoader
 from fastmim.data.table import ImageTable
-from fastmim.data.workers import lost_workers
 from fastmim.errors import UserError
 from fastmim.export import verify
 from fastmim.mim.targets import Target
 from fastmim.report.page import write_report
-from fastmim.run_folder import Run, default_folder, locked, prepare_folder, write_config
+from fastmim.run_folder import Run, as_run, default_folder, locked
 from fastmim.run_images import (
     crop_place,
     eval_loader,
@@ -30,7 +29,6 @@ from fastmim.run_images import (
     split,
     training_loader,
     training_pictures,
-    waiting_remedy,
     with_statistics,
 )
 from fastmim.run_network import (
@@ -42,6 +40,7 @@ from fastmim.run_network import (
     untrained_network,
     with_micro_batch,
 )
+from fastmim.run_training import new_folder, open_run, train_run
 from fastmim.seeding import derive
 from fastmim.starts import fill, open_backbone, with_start
 from fastmim.tasks.pretrain import Pretrain, build_mim
@@ -49,9 +48,8 @@ from fastmim.tasks.probing.run import run_probe
 from fastmim.tasks.probing.settings import read_settings
 from fastmim.tasks.resolve import resolve
 from fastmim.train.checkpoint import Checkpoints
-from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
-from fastmim.train.distributed import Ranks, barrier, ranks
-from fastmim.train.engine import Fit, Plan
+from fastmim.train.device import pick_device, pick_workers
+from fastmim.train.distributed import Ranks, ranks
 from fastmim.train.log import RunLog
 
 
@@ -82,15 +80,11 @@ def pretrain(config: Config | None = None, *, model: str | nn.Module | None = No
         raise UserError("init: load the weights into your own module before you hand it over")
     files = find_images(config)
     if config.system.overwrite and network is None:
-        plan(config)  # what would be refused is refused before an earlier run is deleted
+        config = with_statistics(config, files)
+        _planned(config, files)  # what would be refused is refused before an earlier run is deleted
     device = pick_device(config.system.device)
     with ranks(device.type) as here:
-        if here.world > 1 and config.system.out is None:
-            raise UserError("several processes need one run folder: give --out")
-        folder = Path(config.system.out) if config.system.out else default_folder(config)
-        if here.first:
-            prepare_folder(folder, config.system.overwrite, config.method.init)
-        barrier()
+        folder = new_folder(config.system, functools.partial(default_folder, config), here, config.method.init)
         return _train(folder, config, files, network, here)
 
 
@@ -125,7 +119,10 @@ def resume(run: str | Path | Run, *, model: nn.Module | None = None, changes: Ma
 def plan(config: Config) -> dict[str, Any]:
     """What a run would do, without doing it."""
     config = with_start(config)
-    files = find_images(config)
+    return _planned(config, find_images(config))
+
+
+def _planned(config: Config, files: ImageTable) -> dict[str, Any]:
     torch.manual_seed(derive(config.optim.seed, "init"))
     backbone = build_network(config, None)
     told = fill(backbone, config) if config.method.init is not None else []
@@ -219,8 +216,8 @@ def probe(
         model=opened.name, show=True,
     )  # fmt: skip
     result = {"data": str(data), **result}
-    if isinstance(target, Run) or (Path(target) / "config.yaml").is_file():
-        run = target if isinstance(target, Run) else Run(target)
+    run = as_run(target)
+    if run is not None:
         run.write("probe.json", result)
         write_report(run.path)
     return result
@@ -228,10 +225,8 @@ def probe(
 
 def _train(folder: Path, config: Config, files: ImageTable, network: nn.Module | None, here: Ranks) -> Run:
     """Everything between a prepared folder and a finished or interrupted run."""
-    if here.first:
-        with locked(folder):
-            return _train_locked(folder, config, files, network, here)
-    return _train_locked(folder, config, files, network, here)
+    with locked(folder) if here.first else contextlib.nullcontext():
+        return _train_locked(folder, config, files, network, here)
 
 
 def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.Module | None, here: Ranks) -> Run:
@@ -253,29 +248,19 @@ def _train_locked(folder: Path, config: Config, files: ImageTable, network: nn.M
         config = with_micro_batch(config, task, device, here)
     if system.compile:
         task.compile()
-    run = _open(folder, config, files, held_out, device, here)
+    run = open_run(folder, config, _facts(config, files, held_out), device, here)
     steps = count_steps(config, len(train))
     bad_log = folder / "bad_images.csv" if here.first else None
     loader = training_loader(config, pictures, steps, device, here, bad_log)
-    course = Plan(
-        optim=config.optim,
-        steps=steps,
-        phases=loader.phases,
-        images=len(train),
-        log_every=system.log_every,
-        eval_steps=max(1, math.ceil(system.eval_every * steps)) if unseen or labels else 0,
-        checkpoint_seconds=60 * system.checkpoint_every,
-        autocast=pick_precision(system.precision, device),
-        remedy=functools.partial(waiting_remedy, config, pictures, loader.workers, device),
-    )
     with RunLog(folder, system.tensorboard, quiet=not here.first) as log:
         sizes = ", then ".join(f"{resolution} px" for resolution, _ in config.data.course)
         what = f"{config.method.model} on {len(train)} images of {sizes}"
         for line in [*lines, f"{folder}: {what}, {steps} steps on {device}"]:
             log.say(line)
-        kept = Checkpoints(folder / "checkpoints", system.keep)
-        with lost_workers(f"'fastmim resume {folder}'"):
-            state = Fit(task, loader, course, kept, log, device, here).run()
+        state = train_run(
+            run, config, task, loader, pictures, steps=steps, looks=bool(unseen or labels), device=device, here=here,
+            log=log,
+        )  # fmt: skip
         if here.first and state == "finished":
             log.say("exporting the weights and writing the report")
             # Held-out images first: what is shown should be unseen; neighbours want more images than those.
@@ -311,18 +296,10 @@ def _finish(
     write_report(run.path)
 
 
-def _open(
-    folder: Path, config: Config, files: ImageTable, held_out: list[int], device: torch.device, here: Ranks
-) -> Run:
-    """Writes what a run folder says of itself before the first step."""
-    if here.first:
-        write_config(folder, config)
-        run = Run(folder)
-        run.write("environment.json", environment(device))
-        facts = {"images": len(files), "bytes": files.bytes, "formats": files.formats, "held_out": len(held_out)}
-        run.write("data.json", {"paths": config.data.paths, **facts, "fingerprint": files.fingerprint})
-    barrier()
-    return Run(folder)
+def _facts(config: Config, files: ImageTable, held_out: list[int]) -> dict[str, Any]:
+    """What data.json holds."""
+    facts = {"images": len(files), "bytes": files.bytes, "formats": files.formats, "held_out": len(held_out)}
+    return {"paths": config.data.paths, **facts, "fingerprint": files.fingerprint}
 
 
 def _decoder(config: Config) -> str:

@@ -18,7 +18,7 @@ from fastmim.backbones.hiding import whole_network
 from fastmim.backbones.loading import Loaded, load_weights, strip_sizes
 from fastmim.config import Config, ConfigT, MethodConfig, update
 from fastmim.errors import UserError
-from fastmim.run_folder import Run
+from fastmim.run_folder import Run, as_run
 from fastmim.run_images import IMAGENET
 from fastmim.run_network import Network, network_args, trained_network, untrained_network
 from fastmim.seeding import derive
@@ -82,8 +82,8 @@ def read_start(
         UserError: there is nothing of that name, or it does not say which network it is for.
     """
     args = strip_sizes(model_args or {})
-    if isinstance(word, Run) or (Path(word) / "config.yaml").is_file():
-        run = word if isinstance(word, Run) else Run(word)
+    run = as_run(word)
+    if run is not None:
         return _from_pretraining(run, args) if run.task == "pretrain" else _from_transfer(run, args)
     text = str(word)
     if text == SCRATCH:
@@ -96,7 +96,7 @@ def read_start(
         return Start(text, model, args, None)
     if text.endswith(FILES) and not text.startswith(LOCAL):
         return _from_file(text, model, args, heads)
-    if text.startswith(LOCAL) or timm.is_model(text.split(".", maxsplit=1)[0]):
+    if text.startswith(LOCAL) or timm.is_model(plain_name(text)):
         return _from_timm(text, args)
     if Path(text).is_dir():
         raise UserError(f"start: {text!r} is no run folder (it has no config.yaml); a timm folder is local-dir:{text}")
@@ -159,7 +159,7 @@ def _from_timm(word: str, args: dict[str, Any], *, pretrained: bool = True) -> S
     read = {key: value for key, value in args.items() if key not in _LATER}
     model = create(word, pretrained=pretrained, **read)
     stock = model.pretrained_cfg
-    name = stock["architecture"] if word.startswith(LOCAL) else word.split(".", maxsplit=1)[0]
+    name = stock["architecture"] if word.startswith(LOCAL) else plain_name(word)
     size = stock.get("input_size", (3, 224, 224))[-1]
     chosen = {key: value for key, value in {**get_model_args(model), **args}.items() if key != "num_classes"}
     return Start(
@@ -267,16 +267,15 @@ def open_backbone(
     Raises:
         UserError: as `read_start`.
     """
-    if isinstance(word, Run) or (Path(word) / "config.yaml").is_file():
-        run = word if isinstance(word, Run) else Run(word)
-        if run.task == "pretrain":
-            config = run.config
-            side = resolution or config.data.resolution
-            mean, std, raw = config.data.mean, config.data.std, config.data.values == "raw"
-            assert mean is not None and std is not None
-            fresh = functools.partial(untrained_network, config, model, side)
-            network = trained_network(run, model, side)
-            return Opened(network, mean, std, raw, len(mean), side, config.method.model, fresh)
+    run = as_run(word)
+    if run is not None and run.task == "pretrain":
+        config = run.config
+        side = resolution or config.data.resolution
+        mean, std, raw = config.data.mean, config.data.std, config.data.values == "raw"
+        assert mean is not None and std is not None
+        fresh = functools.partial(untrained_network, config, model, side)
+        network = trained_network(run, model, side)
+        return Opened(network, mean, std, raw, len(mean), side, config.method.model, fresh)
     start = read_start(word)
     side = resolution or start.resolution or 128
     args = network_args(start.model_args, start.channels)

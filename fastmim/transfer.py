@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``finetune`` and ``distill``: from labelled images and a start to a classifier that is measured and handed over."""
 
+import contextlib
 import functools
 import json
-import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -19,24 +19,23 @@ from fastmim.data.loader import EvalLoader
 from fastmim.data.pictures import Pictures
 from fastmim.data.sources.scan import first_look
 from fastmim.data.splits import Splits
-from fastmim.data.workers import lost_workers
 from fastmim.errors import UserError
 from fastmim.export import export_timm
 from fastmim.outcome import measure, worst_table, write_outcome
 from fastmim.recipes import finetune as recipes
 from fastmim.report.page import write_report
-from fastmim.run_folder import Run, locked, named_folder, prepare_folder, write_config
-from fastmim.run_images import crop_place, plain_pictures, training_loader, training_pictures, waiting_remedy
+from fastmim.run_folder import Run, holds_run, locked, named_folder
+from fastmim.run_images import crop_place, eval_loader, plain_pictures, training_loader, training_pictures
 from fastmim.run_network import count_steps, with_micro_batch
+from fastmim.run_training import new_folder, open_run, train_run
 from fastmim.starts import plain_name
 from fastmim.tasks.classify import Classify
 from fastmim.tasks.pretrain import viewable
 from fastmim.train.checkpoint import Checkpoints, write_file
-from fastmim.train.device import environment, pick_device, pick_precision, pick_workers
-from fastmim.train.distributed import Ranks, barrier, ranks
-from fastmim.train.engine import Fit, Plan
+from fastmim.train.device import pick_device, pick_workers
+from fastmim.train.distributed import Ranks, ranks
 from fastmim.train.log import RunLog
-from fastmim.transfer_setup import Parts, again, augment_of, begin, order_of, part_loader, read_splits
+from fastmim.transfer_setup import Parts, again, augment_of, begin, order_of, read_splits
 
 # Side of the pictures of mistakes in the report, in pixels.
 _THUMB = 96
@@ -99,13 +98,13 @@ def cross_validate(
         raise UserError("--folds makes one run after another in one process; with torchrun, give --fold too")
     model = config.method.model or Path(config.method.start).name
     folder = Path(config.system.out) if config.system.out else named_folder("folds", model, config.data.path)
-    if (folder / "config.yaml").is_file():
+    if holds_run(folder):
         raise UserError(f"{folder} holds another run; give another --out for the folds")
     runs = []
     for fold in range(folds):
         out = folder / f"fold-{fold}"
         one = update(config, {"fold": fold, "out": str(out)})
-        if (out / "config.yaml").is_file() and not config.system.overwrite:
+        if holds_run(out) and not config.system.overwrite:
             _check_same(one, Run(out))
             runs.append(resume_transfer(Run(out), {}))
         else:
@@ -221,22 +220,15 @@ def begin_run(config: TransferConfig) -> Run:
         parts = begin(config, found, here.world)
         for part in (found.train, found.test):
             first_look(part.table, parts.config.data.channels, parts.config.data.values == "raw")
-        if here.world > 1 and config.system.out is None:
-            raise UserError("several processes need one run folder: give --out")
-        folder = Path(config.system.out) if config.system.out else _folder(config)
-        if here.first:
-            teacher = config.method.teacher if isinstance(config, DistillConfig) else None
-            prepare_folder(folder, config.system.overwrite, config.method.start, teacher)
-        barrier()
+        teacher = config.method.teacher if isinstance(config, DistillConfig) else None
+        folder = new_folder(config.system, functools.partial(_folder, config), here, config.method.start, teacher)
         return _train(folder, parts, found, here)
 
 
 def _train(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run:
     """Everything between a prepared folder and a finished or interrupted run."""
-    if here.first:
-        with locked(folder):
-            return _train_locked(folder, parts, found, here)
-    return _train_locked(folder, parts, found, here)
+    with locked(folder) if here.first else contextlib.nullcontext():
+        return _train_locked(folder, parts, found, here)
 
 
 def _train_locked(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run:
@@ -249,7 +241,7 @@ def _train_locked(folder: Path, parts: Parts, found: Splits, here: Ranks) -> Run
         config = with_micro_batch(config, task, device, here)
     if config.system.compile:
         task.compile()
-    run = _open(folder, config, found, device, here)
+    run = open_run(folder, config, _facts(config, found), device, here)
     with RunLog(folder, config.system.tensorboard, quiet=not here.first, title=config.task) as log:
         for line in parts.lines:
             log.say(line)
@@ -268,33 +260,22 @@ def _fit(
     run: Run, config: TransferConfig, task: Classify, pictures: Pictures, found: Splits, device: torch.device,
     here: Ranks, log: RunLog,
 ) -> str:  # fmt: skip
-    system, steps = config.system, steps_of(config, len(found.train))
+    steps = steps_of(config, len(found.train))
     bad_log = run.path / "bad_images.csv" if here.first else None
     loader = training_loader(
         config, pictures, steps, device, here, bad_log, augment_of(config), order_of(config, found.train)
-    )
-    course = Plan(
-        optim=config.optim,
-        steps=steps,
-        phases=loader.phases,
-        images=len(found.train),
-        log_every=system.log_every,
-        eval_steps=max(1, math.ceil(system.eval_every * steps)),
-        checkpoint_seconds=60 * system.checkpoint_every,
-        autocast=pick_precision(system.precision, device),
-        remedy=functools.partial(waiting_remedy, config, pictures, loader.workers, device),
     )
     what = (
         f"{config.method.model} from {config.method.start}, {len(found.train)} images of {len(found.classes)} classes"
     )
     log.say(f"{run.path}: {what} at {config.data.resolution} px, {steps} steps on {device}")
-    with lost_workers(f"'fastmim resume {run.path}'"):
-        return Fit(task, loader, course, Checkpoints(run.path / "checkpoints", system.keep), log, device, here).run()
+    return train_run(run, config, task, loader, pictures, steps=steps, looks=True, device=device, here=here, log=log)
 
 
 def _finish(run: Run, config: TransferConfig, task: Classify, found: Splits, device: torch.device) -> None:
     """The result on the images that were kept for it, the weights, the report."""
-    loader = part_loader(config, found.test, pick_workers(config.system.workers, device))
+    workers = pick_workers(config.system.workers, device)
+    loader = eval_loader(config, found.test.table, found.test.labels, workers)
     logits, labels, places = task.answers(loader)
     if not len(labels):
         raise UserError(
@@ -338,26 +319,12 @@ def _show_mistakes(run: Run, config: TransferConfig, found: Splits) -> None:
     write_file(run.path / "images" / "mistakes.safetensors", save({"thumbs": thumbs}))
 
 
-def _open(folder: Path, config: TransferConfig, found: Splits, device: torch.device, here: Ranks) -> Run:
-    """Writes what a run folder says of itself before the first step."""
-    if here.first:
-        write_config(folder, config)
-        run = Run(folder)
-        run.write("environment.json", environment(device))
-        counts = {name: [part.labels.count(label) for label in range(len(found.classes))]
-                  for name, part in (("train", found.train), ("test", found.test))}  # fmt: skip
-        run.write(
-            "data.json",
-            {
-                "paths": [config.data.path], "images": len(found.train), "bytes": found.train.table.bytes,
-                "formats": found.train.table.formats, "classes": found.classes, "split": found.how,
-                "counts": counts, "shown": "test" if _shares_test(found) else "val", "fingerprint": found.fingerprint,
-            },
-        )  # fmt: skip
-    barrier()
-    return Run(folder)
-
-
-def _shares_test(found: Splits) -> bool:
-    """Whether what is looked at on the way are the test images."""
-    return found.shown.table.fingerprint == found.test.table.fingerprint
+def _facts(config: TransferConfig, found: Splits) -> dict[str, Any]:
+    """What data.json holds."""
+    counts = {name: [part.labels.count(label) for label in range(len(found.classes))]
+              for name, part in (("train", found.train), ("test", found.test))}  # fmt: skip
+    return {
+        "paths": [config.data.path], "images": len(found.train), "bytes": found.train.table.bytes,
+        "formats": found.train.table.formats, "classes": found.classes, "split": found.how, "counts": counts,
+        "shown": "test" if found.shown is found.test else "val", "fingerprint": found.fingerprint,
+    }  # fmt: skip

@@ -15,7 +15,7 @@ from fastmim.data.splits import Part, Splits, splits
 from fastmim.data.vary import RandAugment
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
-from fastmim.run_images import check_squares, plain_pictures, with_statistics
+from fastmim.run_images import check_squares, eval_loader, with_statistics
 from fastmim.seeding import derive
 from fastmim.starts import (
     FILES,
@@ -203,16 +203,9 @@ def order_of(config: TransferConfig, part: Part) -> BalancedOrder | None:
     return BalancedOrder(part.labels, config.optim.seed) if config.method.balance == "sampler" else None
 
 
-def part_loader(config: TransferConfig, part: Part, workers: int = 0) -> EvalLoader:
-    """Every image of a part once, whole, with its label."""
-    pictures = plain_pictures(config, part.table)
-    side = config.data.resolution
-    return EvalLoader(pictures, resolution=side, batch_size=64, labels=part.labels, workers=workers)
-
-
 def _shown(config: TransferConfig, part: Part) -> EvalLoader:
     rows = range(0, len(part), max(1, math.ceil(len(part) / _SHOWN_IMAGES)))
-    return part_loader(config, Part(part.table.take(rows), tuple(part.labels[row] for row in rows)))
+    return eval_loader(config, part.table.take(rows), [part.labels[row] for row in rows])
 
 
 def _with_images(config: TransferT, start: Start, found: Splits) -> TransferT:

@@ -26,20 +26,10 @@ MAY_IMPORT = {
     "significance": set(),
 }
 TOP = {
-    *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "export", "report", "demo", "doctor"),
-    *(
-        "cli",
-        "cli_bench",
-        "cli_compare",
-        "cli_data",
-        "cli_embed",
-        "cli_options",
-        "cli_output",
-        "cli_probe",
-        "cli_transfer",
-    ),
-    *("choose", "comparing", "contact_sheet", "embedding", "outcome", "predicting", "significance", "speed", "starts"),
-    *("transfer", "transfer_setup"),
+    *("__init__", "__main__", "runs", "run_folder", "run_images", "run_network", "run_training", "export", "report"),
+    *("cli", "cli_bench", "cli_compare", "cli_data", "cli_embed", "cli_options", "cli_output", "cli_probe"),
+    *("cli_transfer", "demo", "doctor", "choose", "comparing", "contact_sheet", "embedding", "outcome", "predicting"),
+    *("significance", "speed", "starts", "transfer", "transfer_setup"),
 }
 LIGHT = [
     "fastmim",

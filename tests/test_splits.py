@@ -83,3 +83,10 @@ def test_a_folder_of_its_own_parts_has_no_folds(classes: Path, tmp_path: Path) -
     folder = tree(tmp_path, classes, train=slice(0, 10), test=slice(10, 12))
     with pytest.raises(UserError, match="has a test part of its own; leave --folds out"):
         splits(str(folder), folds=3, fold=0)
+
+
+def test_a_list_below_the_home_folder(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [f"{classes / name}/{index}.jpg,{name}" for name in ("lying", "upright") for index in range(4)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    assert splits("~/labels.csv").fingerprint == splits(str(tmp_path / "labels.csv")).fingerprint

@@ -13,13 +13,14 @@ from fastmim.comparing import page
 from fastmim.comparing.leakage import Leak, check, left_out
 from fastmim.comparing.measure import Judged, Measured, budgets, judge, options_apart, read_all, read_predictions
 from fastmim.comparing.plan import Plan, Say, Trainer, chosen, label_settings, run_all, whole_rounds
-from fastmim.comparing.starts import SCRATCH, Starts, find_starts
+from fastmim.comparing.starts import Starts, find_starts
 from fastmim.comparing.verdict import sentence
 from fastmim.config import DataConfig
 from fastmim.data.splits import splits
 from fastmim.errors import UserError
 from fastmim.report.facts import shell_word
 from fastmim.run_folder import free_folder, locked
+from fastmim.starts import SCRATCH
 
 ON_COMMAND_LINE = ("steps", "epochs", "global_batch", "resolution", "device")
 FEW = 30

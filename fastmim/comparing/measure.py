@@ -14,10 +14,10 @@ import yaml
 from jaxtyping import Bool
 
 from fastmim.comparing.plan import Cell, Plan
-from fastmim.comparing.starts import SCRATCH
 from fastmim.errors import UserError
 from fastmim.run_folder import Run
 from fastmim.significance import Outcome, compare_pair, detectable, holm, outcome, wilson
+from fastmim.starts import SCRATCH
 
 Correct = Bool[np.ndarray, "seeds images"]
 MAY_DIFFER = {"start", "out", "model", "model_args", "overwrite"}

@@ -11,12 +11,12 @@ from typing import Any
 
 from fastmim.comparing.measure import Measured
 from fastmim.comparing.plan import said
-from fastmim.comparing.starts import SCRATCH
 from fastmim.comparing.verdict import MOST_POINTS, chance_of
 from fastmim.report.compare import COLOURS
 from fastmim.report.curves import SIDE, Chart, Line, nice_ticks, tick_label
 from fastmim.report.facts import duration
 from fastmim.report.page import render
+from fastmim.starts import SCRATCH
 from fastmim.train.checkpoint import write_file
 
 Record = dict[str, Any]

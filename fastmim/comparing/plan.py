@@ -13,6 +13,7 @@ from typing import Any
 
 from fastmim.comparing.starts import Start
 from fastmim.errors import UserError
+from fastmim.evidence import of_labels
 from fastmim.report.facts import duration
 from fastmim.run_folder import Run
 from fastmim.train.checkpoint import write_file
@@ -185,12 +186,7 @@ def _setting(text: str) -> str:
 
 def said(labels: str) -> str:
     """A label setting in words."""
-    if labels == ALL:
-        return "all labels"
-    if labels.endswith("%"):
-        return f"{labels.removesuffix('%')} % of the labels"
-    count = labels.removesuffix("/class")
-    return f"{count} label{'s' if count != '1' else ''} a class"
+    return "all labels" if labels == ALL else of_labels(labels)
 
 
 def chosen(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

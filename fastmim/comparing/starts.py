@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from fastmim.config import nearest
 from fastmim.errors import UserError
-from fastmim.run_folder import Run
+from fastmim.report.facts import shortest_ends
+from fastmim.run_folder import Run, holds_run
+from fastmim.starts import SCRATCH
 
-SCRATCH, IMAGENET = "scratch", "imagenet"
+IMAGENET = "imagenet"
 FILES = (".pth", ".pt", ".safetensors", ".bin")
 HUBS = ("local-dir:", "hf-hub:", "hf_hub:")
 
@@ -80,7 +82,7 @@ def find_starts(inits: Sequence[str], model: str | None) -> Starts:
         raise UserError(f"--inits names {double!r} twice; every start is compared once")
     for text in texts:
         _check(text)
-    runs = [Run(text) for text in texts if _is_run(text)]
+    runs = [Run(text) for text in texts if holds_run(text)]
     config = runs[0].config.method if runs else None
     named = next((text for text in texts if _is_model(text)), None)
     chosen = model or (config.model if config else named)
@@ -107,7 +109,7 @@ def _start(text: str, name: str, model: str) -> Start:
         if model.startswith(HUBS):
             raise UserError(f"imagenet: {model} has no released weights that are known; name a timm model instead")
         return Start(name, model, "released", plain(model))
-    if _is_run(text):
+    if holds_run(text):
         return _of_run(text, name)
     if text.startswith("local-dir:"):
         weights = Path(text.partition(":")[2]) / "model.safetensors"
@@ -119,7 +121,7 @@ def _start(text: str, name: str, model: str) -> Start:
 
 def _check(text: str) -> None:
     """Raises a UserError for what is no start."""
-    if text in (SCRATCH, IMAGENET) or text.startswith(HUBS) or _is_run(text) or _is_model(text):
+    if text in (SCRATCH, IMAGENET) or text.startswith(HUBS) or holds_run(text) or _is_model(text):
         return
     path = Path(text)
     if path.is_file():
@@ -151,10 +153,6 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_run(text: str) -> bool:
-    return (Path(text) / "config.yaml").is_file()
-
-
 def _is_model(text: str) -> bool:
     if text in (SCRATCH, IMAGENET) or "/" in text or Path(text).exists():
         return False
@@ -168,8 +166,5 @@ def _names(texts: Sequence[str]) -> list[str]:
     parts = [
         Path(text.removeprefix("local-dir:")).parts if text not in (SCRATCH, IMAGENET) else (text,) for text in texts
     ]
-    for length in range(1, max(len(part) for part in parts) + 1):
-        ends = ["/".join(part[-length:]).strip("/") for part in parts]
-        if len(set(ends)) == len(ends):
-            return ends
-    return list(texts)
+    ends = shortest_ends(parts)
+    return list(texts) if ends is None else [end.strip("/") for end in ends]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fastmim.comparing.measure import Difference, Judged
 from fastmim.comparing.plan import Plan, said
-from fastmim.comparing.starts import SCRATCH
+from fastmim.starts import SCRATCH
 
 MOST_POINTS = 50
 """An experiment that shows only larger differences shows none."""

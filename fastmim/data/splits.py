@@ -6,16 +6,14 @@ what is looked at on the way; where it brings one of the two, that one is the re
 each class is held out, or one fold after another.
 """
 
-import csv
 import hashlib
-import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastmim.data.read import BadImage, read_file
-from fastmim.data.sources.scan import scan
+from fastmim.data.sources.lists import COLUMNS, read_csv
+from fastmim.data.sources.scan import place_of, scan
 from fastmim.data.table import ImageTable
 from fastmim.errors import UserError
 from fastmim.seeding import derive
@@ -107,7 +105,8 @@ def splits(
         order = sorted(range(len(learnt)), key=lambda place: derive(label_seed, "shuffle labels", place))
         learnt = Part(learnt.table, tuple(learnt.labels[place] for place in order))
         how += "; training labels shuffled"
-    return Splits(names, learnt, _part(table, names, shown), _part(table, names, test), how)
+    measured = _part(table, names, test)
+    return Splits(names, learnt, measured if shown is test else _part(table, names, shown), measured, how)
 
 
 def some_labels(train: Classes, words: str, seed: int) -> Classes:
@@ -204,21 +203,18 @@ def _parts(path: str) -> tuple[ImageTable, dict[str, dict[str, list[int]]]]:
 def _listed(path: str, table: ImageTable) -> dict[str, dict[str, list[int]]]:
     """The parts of a list with labels; without a column ``split`` all is training."""
     try:
-        text = read_file(os.path.abspath(path)).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")  # noqa: PTH100
+        content = read_file(place_of(path))
     except BadImage as bad:
         raise UserError(f"{path!r} cannot be read: {bad.reason}") from None
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    header = [cell.strip().lower() for cell in rows[0]]
+    rows = read_csv(path, content)
+    header = [cell.lower() for cell in next(rows)[1]]
     columns = [next((header.index(name) for name in names if name in header), -1) for names in _COLUMNS]
     if columns[1] < 0:
         raise UserError(f"{path!r} has no column of labels: found {', '.join(map(repr, header))}; wanted label")
     places = {table.name(row): row for row in range(len(table))}
     found: dict[str, dict[str, list[int]]] = {}
     seen: dict[str, tuple[str, str]] = {}
-    for number, cells in enumerate(rows[1:], start=2):
-        if not any(cells):
-            continue
+    for number, cells in rows:
         name, label, split = (cells[column] if 0 <= column < len(cells) else "" for column in columns)
         part = PARTS.get(split.strip().lower() or "train")
         if part is None or not label.strip():
@@ -231,7 +227,7 @@ def _listed(path: str, table: ImageTable) -> dict[str, dict[str, list[int]]]:
 
 
 _COLUMNS: Sequence[Sequence[str]] = (
-    ("path", "file", "filename", "image"),
+    COLUMNS,
     ("label", "class", "target", "category"),
     ("split", "part", "set"),
 )

@@ -82,12 +82,7 @@ def _how(runs: Sequence[Folder]) -> str:
 
 def _names(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(len(part) for part in parts) + 1):
-        ends = ["/".join(part[-length:]) for part in parts]
-        if len(set(ends)) == len(ends):
-            return ends
-    return [str(path) for path in paths]
+    return facts.shortest_ends([path.resolve().parts for path in paths]) or [str(path) for path in paths]
 
 
 def _differences(configs: Sequence[RunConfig | None]) -> list[tuple[str, list[str]]]:

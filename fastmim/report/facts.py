@@ -313,3 +313,12 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _bytes(letter: str) -> bytes:
     return letter.encode("utf-8", "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass")
+
+
+def shortest_ends(paths: Sequence[Sequence[str]]) -> list[str] | None:
+    """The shortest ends of paths, given by their parts, that tell them apart; None where two are the same."""
+    for length in range(1, max(len(parts) for parts in paths) + 1):
+        ends = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(ends)) == len(ends):
+            return ends
+    return None

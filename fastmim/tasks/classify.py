@@ -135,30 +135,50 @@ class Classify(nn.Module):
             "accuracy": 100 * float((logits.argmax(1) == labels).float().mean()),
         }
 
-    @torch.no_grad()
     def answers(
-        self, loader: Iterable[Mapping[str, Tensor]], progress: Progress | None = None
+        self, loader: Iterable[Mapping[str, Tensor]]
     ) -> tuple[Float[Tensor, "N K"], Int64[Tensor, " N"], Int64[Tensor, " N"]]:
-        """Logits, labels and places of all images of a loader, in float32 on the CPU; modes are as before."""
-        modes = [(module, module.training) for module in self.judged.modules()]
-        self.judged.eval()
-        try:
-            found = [self._answer(batch, progress) for batch in loader]
-        finally:
-            for module, training in modes:
-                module.training = training
-        if not found:
-            nothing = torch.zeros(0).long()
-            return torch.zeros(0, self.classes), nothing, nothing
-        logits, labels, places = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return logits, labels, places
+        """Logits, labels and places of all images of a loader, as of `answers`."""
+        return answers(self.judged, loader, self.mean, self.std, self.classes)
 
-    def _answer(self, batch: Mapping[str, Tensor], progress: Progress | None) -> tuple[Tensor, Tensor, Tensor]:
-        images = (as_floats(batch["images"].to(self.mean.device)) - self.mean) / self.std
-        logits = self.judged(images).float().cpu()
-        if progress:
-            progress(len(images))
-        return logits, batch["labels"].cpu() if "labels" in batch else torch.zeros(0).long(), batch["indices"].cpu()
+
+@torch.no_grad()
+def answers(
+    network: nn.Module,
+    loader: Iterable[Mapping[str, Tensor]],
+    mean: Float[Tensor, "1 C 1 1"],
+    std: Float[Tensor, "1 C 1 1"],
+    classes: int,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "N K"], Int64[Tensor, " L"], Int64[Tensor, " N"]]:
+    """What a classifier says of whole images, in eval mode; its modules are as before afterwards.
+
+    Args:
+        network: images to logits.
+        loader: yields ``{"images", "indices"}``, perhaps with ``"labels"``.
+        mean: subtracted from each channel, where the network is.
+        std: each channel is divided by it.
+        classes: how many the network knows.
+        progress: called after each batch.
+
+    Returns:
+        Logits in float32, labels (none, where the loader has none) and places, on the CPU.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    logits, labels, places = [torch.zeros(0, classes)], [torch.zeros(0).long()], [torch.zeros(0).long()]
+    try:
+        for batch in loader:
+            images = (as_floats(batch["images"].to(mean.device)) - mean) / std
+            logits.append(network(images).float().cpu())
+            places.append(batch["indices"].cpu())
+            labels += [batch["labels"].cpu()] if "labels" in batch else []
+            if progress:
+                progress(len(images))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return torch.cat(logits), torch.cat(labels), torch.cat(places)
 
 
 def class_weights(labels: Int64[Tensor, " N"], classes: int) -> Float[Tensor, " K"]:

@@ -16,6 +16,8 @@ LISTS = ("txt", "csv")
 COLUMNS = ("path", "file", "filename", "image")
 """Names of the column of paths in a .csv file; the first that is there is taken."""
 
+MARK = b"\xef\xbb\xbf"
+"""What Windows writes in front of a text."""
 Line = tuple[int, bytes]
 """Number of a line, and the path or URL that stands there."""
 
@@ -31,7 +33,7 @@ def read_list(place: str, rows: Rows) -> None:
         UserError: the list, or a file that it names, is missing, cannot be read, or is no image.
     """
     try:
-        content = read_file(place).removeprefix(b"\xef\xbb\xbf")  # the mark that Windows writes in front
+        content = read_file(place).removeprefix(MARK)
     except BadImage as bad:
         if bad.reason != "empty":
             raise UserError(f"{place!r} cannot be read: {bad.reason}") from None
@@ -73,22 +75,31 @@ def _text_lines(content: bytes) -> Iterator[Line]:
             yield number, line
 
 
-def _csv_lines(place: str, content: bytes) -> Iterator[Line]:
-    text = content.decode("utf-8", "surrogateescape")
+def read_csv(place: str, content: bytes) -> Iterator[tuple[int, list[str]]]:
+    """(number of the line, cells) of each row of a table that is not empty; the first names the columns.
+
+    Raises:
+        UserError: it is no table.
+    """
+    text = content.removeprefix(MARK).decode("utf-8", "surrogateescape")
     # Spreadsheets write semicolons where a comma stands in numbers.
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [cell.strip() for cell in next(table, [])]
-        column = _column(place, header)
-        for cells in table:
-            if not any(cells):
-                continue
-            if len(cells) <= column or not cells[column]:
-                raise UserError(f"{place!r}, line {table.line_num}: nothing in column {header[column]!r}")
-            yield table.line_num, cells[column].encode("utf-8", "surrogateescape")
+        yield 1, [cell.strip() for cell in next(table, [])]
+        yield from ((table.line_num, cells) for cells in table if any(cells))
     except csv.Error as error:
         raise UserError(f"{place!r}, line {table.line_num}: {error}; wanted comma-separated values") from None
+
+
+def _csv_lines(place: str, content: bytes) -> Iterator[Line]:
+    rows = read_csv(place, content)
+    _, header = next(rows)
+    column = _column(place, header)
+    for number, cells in rows:
+        if len(cells) <= column or not cells[column]:
+            raise UserError(f"{place!r}, line {number}: nothing in column {header[column]!r}")
+        yield number, cells[column].encode("utf-8", "surrogateescape")
 
 
 def _column(place: str, header: list[str]) -> int:

@@ -59,7 +59,7 @@ def scan(paths: Sequence[str]) -> ImageTable:
         raise UserError(f"no images given; name an image, {KINDS}, or a URL")
     rows, visited = Rows(), Visited()
     for path in paths:
-        place = path.rstrip("/") if is_remote(path) else str(Path(path).expanduser().absolute())
+        place = place_of(path)
         prepared = _look_into_url(place, rows) if is_remote(place) else _look_into(Path(place), rows, visited)
         if prepared is not None:
             if len(paths) > 1:
@@ -67,6 +67,11 @@ def scan(paths: Sequence[str]) -> ImageTable:
             return prepared
     table = rows.table()
     return _each_once(table) if len(paths) > 1 else table
+
+
+def place_of(path: str) -> str:
+    """The URL, or the absolute path, that a person's word for a place means."""
+    return path.rstrip("/") if is_remote(path) else str(Path(path).expanduser().absolute())
 
 
 def first_look(table: ImageTable, channels: int = 3, raw: bool = False) -> None:
